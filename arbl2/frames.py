@@ -1,0 +1,169 @@
+"""Frames: everything that happened at the recorder's edge, and blocks of them.
+
+A frame is one thing that happened: a message, a request we sent, a connection opened or closed, a REST call and its body, a
+clock sample, an alarm. Whatever may change a decision is a frame; nothing else may. Payloads are the exact bytes.
+
+``Frame`` is the one-at-a-time form that the recorder writes. ``FrameBlock`` is the columnar form that providers decode: live
+feeds blocks of one, replay feeds blocks of thousands, through the same code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+
+class ExchangeId(StrEnum):
+    """The venues arbl2 speaks to."""
+
+    UPBIT = "upbit"
+    BINANCE = "binance"
+
+
+class FrameKind(IntEnum):
+    """What a frame is. The lower-case name is what stands on the tape."""
+
+    MESSAGE = 1  # a WebSocket data message that we received; op says text or binary
+    SENT = 2  # a WebSocket message that we sent (subscriptions)
+    OPENED = 3  # a connection opened; payload: JSON {"url": ...}
+    CLOSED = 4  # a connection ended or could not be opened; payload: JSON {"code": ..., "reason": ..., "clean": ...}
+    REQUEST = 5  # a REST request that we sent; payload: JSON {"method": "GET", "url": ...}
+    RESPONSE = 6  # the exact body of a REST response
+    CLOCK = 7  # a clock sample; payload: JSON {"wall_ns": ..., "mono_ns": ...}
+    ALARM = 8  # something the recorder noticed (a silent code, a missing ack); payload: JSON {"alarm": ..., ...}
+
+
+class Op(IntEnum):
+    """Form of a payload on the wire."""
+
+    NONE = 0
+    TEXT = 1
+    BINARY = 2
+    PING = 9
+    PONG = 10
+
+
+VENUES: tuple[str, ...] = ("", ExchangeId.UPBIT.value, ExchangeId.BINANCE.value)
+"""Venue names by their code in arrays; code 0 is "no venue" (clock samples)."""
+
+UPBIT = VENUES.index(ExchangeId.UPBIT)
+BINANCE = VENUES.index(ExchangeId.BINANCE)
+
+KIND_NAMES: dict[int, str] = {kind.value: kind.name.lower() for kind in FrameKind}
+OP_NAMES: dict[int, str] = {Op.NONE: "", Op.TEXT: "text", Op.BINARY: "binary", Op.PING: "ping", Op.PONG: "pong"}
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """One instant on both clocks. Engine time = ``wall_ns`` + (``mono_ns`` of the frame - ``mono_ns`` here): it never steps back."""
+
+    wall_ns: int
+    mono_ns: int
+
+    def time_ns(self, mono_ns: int) -> int:
+        """Engine time in ns since the Unix epoch for a monotonic stamp of the same session."""
+        return self.wall_ns + (mono_ns - self.mono_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One thing that happened.
+
+    ``seq`` is the total order within a session; ``recv_ns`` is the wall clock and ``mono_ns`` the monotonic clock when it
+    happened; ``venue`` and ``conn`` say where (conn counts connections of the session from 1, 0 = none).
+    """
+
+    seq: int
+    recv_ns: int
+    mono_ns: int
+    venue: str
+    conn: int
+    kind: FrameKind
+    op: Op
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FrameBlock:
+    """``n`` frames as columns, in the order of the tape.
+
+    ``seq``, ``time_ns`` (engine time), ``recv_ns``, ``mono_ns``: int64[n]; ``venue``, ``kind``, ``op``: uint8[n] (codes of
+    ``VENUES``, ``FrameKind``, ``Op``); ``conn``: int32[n]; payload i is ``data[offsets[i]:offsets[i + 1]]`` with ``offsets``
+    int32[n + 1] and ``data`` uint8. Never written to after construction.
+    """
+
+    seq: NDArray[np.int64]
+    time_ns: NDArray[np.int64]
+    recv_ns: NDArray[np.int64]
+    mono_ns: NDArray[np.int64]
+    venue: NDArray[np.uint8]
+    conn: NDArray[np.int32]
+    kind: NDArray[np.uint8]
+    op: NDArray[np.uint8]
+    offsets: NDArray[np.int32]
+    data: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.seq)
+
+    def payload(self, i: int) -> bytes:
+        """The exact bytes of frame ``i``."""
+        return self.data[self.offsets[i] : self.offsets[i + 1]].tobytes()
+
+    def frame(self, i: int) -> Frame:
+        """Frame ``i`` in its one-at-a-time form."""
+        return Frame(
+            seq=int(self.seq[i]),
+            recv_ns=int(self.recv_ns[i]),
+            mono_ns=int(self.mono_ns[i]),
+            venue=VENUES[self.venue[i]],
+            conn=int(self.conn[i]),
+            kind=FrameKind(int(self.kind[i])),
+            op=Op(int(self.op[i])),
+            payload=self.payload(i),
+        )
+
+    def frames(self) -> Iterator[Frame]:
+        """Every frame, one at a time."""
+        return (self.frame(i) for i in range(len(self)))
+
+    def slice(self, start: int, stop: int) -> FrameBlock:
+        """Frames ``start`` up to ``stop`` as views (no copy of payloads)."""
+        return FrameBlock(
+            seq=self.seq[start:stop],
+            time_ns=self.time_ns[start:stop],
+            recv_ns=self.recv_ns[start:stop],
+            mono_ns=self.mono_ns[start:stop],
+            venue=self.venue[start:stop],
+            conn=self.conn[start:stop],
+            kind=self.kind[start:stop],
+            op=self.op[start:stop],
+            offsets=self.offsets[start : stop + 1],
+            data=self.data,
+        )
+
+    @classmethod
+    def from_frames(cls, frames: Sequence[Frame], anchor: Anchor) -> FrameBlock:
+        """Columns from single frames; live paper trading calls this with one frame at a time."""
+        offsets = np.zeros(len(frames) + 1, dtype=np.int32)
+        np.cumsum([len(f.payload) for f in frames], out=offsets[1:])
+        return cls(
+            seq=np.array([f.seq for f in frames], dtype=np.int64),
+            time_ns=np.array([anchor.time_ns(f.mono_ns) for f in frames], dtype=np.int64),
+            recv_ns=np.array([f.recv_ns for f in frames], dtype=np.int64),
+            mono_ns=np.array([f.mono_ns for f in frames], dtype=np.int64),
+            venue=np.array([VENUES.index(f.venue) for f in frames], dtype=np.uint8),
+            conn=np.array([f.conn for f in frames], dtype=np.int32),
+            kind=np.array([f.kind for f in frames], dtype=np.uint8),
+            op=np.array([f.op for f in frames], dtype=np.uint8),
+            offsets=offsets,
+            data=np.frombuffer(b"".join(f.payload for f in frames), dtype=np.uint8),
+        )
