@@ -105,7 +105,10 @@ FILL_DTYPE = np.dtype(
         ("before_e8", "<i8"),  # min(x, displayed in B- at the limit or better)
         ("after_ns", "<i8"),  # receive time of B+; 0 = unresolved
         ("after_e8", "<i8"),  # min(x, displayed in B+ at the limit or better)
-        ("after_filled_e8", "<i8"),  # what B+ would have filled, net of what we had consumed: the other bracket of the band
+        (
+            "after_filled_e8",
+            "<i8",
+        ),  # what B+ would have filled, net of what we had consumed: the other bracket of the band
         ("after_quote_e8", "<i8"),
         ("symbol", "<i2"),  # index into the run's pairs
         ("levels", "<i2"),  # price levels taken

@@ -38,7 +38,9 @@ class FrameKind(IntEnum):
     REQUEST = 5  # a REST request that we sent; payload: JSON {"method": "GET", "url": ...}
     RESPONSE = 6  # the exact body of a REST response
     CLOCK = 7  # a clock sample; payload: JSON {"wall_ns": ..., "mono_ns": ...}
-    ALARM = 8  # something the recorder noticed (a silent code, a missing ack); payload: JSON {"alarm": ..., ...}
+    ALARM = (
+        8  # something the recorder noticed (a silent code, a missing ack); payload: JSON {"alarm": ..., ...}
+    )
 
 
 class Op(IntEnum):
@@ -58,7 +60,13 @@ UPBIT = VENUES.index(ExchangeId.UPBIT)
 BINANCE = VENUES.index(ExchangeId.BINANCE)
 
 KIND_NAMES: dict[int, str] = {kind.value: kind.name.lower() for kind in FrameKind}
-OP_NAMES: dict[int, str] = {Op.NONE: "", Op.TEXT: "text", Op.BINARY: "binary", Op.PING: "ping", Op.PONG: "pong"}
+OP_NAMES: dict[int, str] = {
+    Op.NONE: "",
+    Op.TEXT: "text",
+    Op.BINARY: "binary",
+    Op.PING: "ping",
+    Op.PONG: "pong",
+}
 
 
 @dataclass(frozen=True, slots=True)

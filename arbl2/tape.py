@@ -27,6 +27,7 @@ This module is the only one that knows the schema; it touches no clock and no so
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -42,6 +43,8 @@ from arbl2.frames import KIND_NAMES, OP_NAMES, VENUES, Anchor, Frame, FrameBlock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
 
 TAPE_VERSION = 1
 MANIFEST = "manifest.json"
@@ -116,9 +119,13 @@ def load_manifest(session_dir: Path) -> Manifest:
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except FileNotFoundError:
-        raise TapeError(f"{session_dir} is not a recording: it has no {MANIFEST}. Name a session folder.") from None
+        raise TapeError(
+            f"{session_dir} is not a recording: it has no {MANIFEST}. Name a session folder."
+        ) from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise TapeError(f"{path} cannot be read ({error}). Restore it from a copy, or run `arbl2 recover`.") from None
+        raise TapeError(
+            f"{path} cannot be read ({error}). Restore it from a copy, or run `arbl2 recover`."
+        ) from None
     except OSError as error:
         raise TapeError(f"{path} cannot be read: {error.strerror}.") from None
     if manifest.tape_version != TAPE_VERSION:
@@ -127,7 +134,9 @@ def load_manifest(session_dir: Path) -> Manifest:
         )
     for segment in manifest.segments:
         if Path(segment.file).name != segment.file:
-            raise TapeError(f"{path} names a segment outside its folder ({segment.file!r}). Do not trust this recording.")
+            raise TapeError(
+                f"{path} names a segment outside its folder ({segment.file!r}). Do not trust this recording."
+            )
     return manifest
 
 
@@ -148,7 +157,9 @@ def write_atomically(path: Path, body: bytes) -> None:
         aside.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}. Free some space or choose another folder.") from error
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}. Free some space or choose another folder."
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -176,67 +187,83 @@ class SegmentWriter:
     ) -> None:
         self.path = session_dir / SEGMENTS / f"{number:06d}.parquet"
         self._aside = self.path.with_name(self.path.name + ".part")
-        self._rows: list[Frame] = []
-        self._row_bytes = 0
-        self._total = 0
-        self._first: Frame | None = None
-        self._last: Frame | None = None
+        self._anchor = anchor
+        self._frames: list[Frame] = []
+        self._frame_bytes = 0
+        self._batches: list[pa.RecordBatch] = []
+        self._batch_rows = 0
+        self._batch_bytes = 0
+        self._rows = 0
+        self._first: tuple[int, int] | None = None
+        self._last = (0, 0)
         anchor_json = msgspec.json.encode({"wall_ns": anchor.wall_ns, "mono_ns": anchor.mono_ns})
-        schema = SCHEMA.with_metadata(
+        self._schema = SCHEMA.with_metadata(
             {"arbl2.tape": str(TAPE_VERSION), "arbl2.session": session, "arbl2.anchor": anchor_json}
         )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._writer = pq.ParquetWriter(
                 self._aside,
-                schema,
+                self._schema,
                 compression="zstd",
                 compression_level=zstd_level,
                 use_dictionary=["venue", "kind", "op"],
-                column_encoding={c: "DELTA_BINARY_PACKED" for c in ("seq", "recv_ns", "mono_ns", "conn")},
+                column_encoding=dict.fromkeys(("seq", "recv_ns", "mono_ns", "conn"), "DELTA_BINARY_PACKED"),
                 write_statistics=["seq", "recv_ns", "mono_ns", "venue", "conn", "kind"],
             )
         except OSError as error:
-            raise StorageError(f"cannot write {self._aside}: {error}. Free some space or choose another folder.") from error
-        self._schema = schema
+            raise StorageError(
+                f"cannot write {self._aside}: {error}. Free some space or choose another folder."
+            ) from error
 
     def append(self, frame: Frame) -> None:
         """Add one frame; a row group is written whenever enough have gathered."""
-        self._rows.append(frame)
-        self._row_bytes += len(frame.payload)
-        if len(self._rows) >= ROW_GROUP_ROWS or self._row_bytes >= ROW_GROUP_BYTES:
+        self._frames.append(frame)
+        self._frame_bytes += len(frame.payload)
+        if len(self._frames) >= ROW_GROUP_ROWS or self._frame_bytes >= ROW_GROUP_BYTES:
+            self._gather()
+
+    def append_block(self, block: FrameBlock) -> None:
+        """Add a block of frames without touching them one by one; it must not be written to afterwards."""
+        self._gather()
+        self._add(block)
+
+    def _gather(self) -> None:
+        if self._frames:
+            block = FrameBlock.from_frames(self._frames, self._anchor)
+            self._frames, self._frame_bytes = [], 0
+            self._add(block)
+
+    def _add(self, block: FrameBlock) -> None:
+        if len(block) == 0:
+            return
+        if self._first is None:
+            self._first = (int(block.seq[0]), int(block.recv_ns[0]))
+        self._last = (int(block.seq[-1]), int(block.recv_ns[-1]))
+        self._rows += len(block)
+        self._batches.append(block_to_arrow(block, self._schema))
+        self._batch_rows += len(block)
+        self._batch_bytes += int(block.offsets[-1]) - int(block.offsets[0])
+        if self._batch_rows >= ROW_GROUP_ROWS or self._batch_bytes >= ROW_GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
-        rows = self._rows
-        if not rows:
+        if not self._batches:
             return
-        self._first = self._first or rows[0]
-        self._last = rows[-1]
-        self._total += len(rows)
-        table = pa.table(
-            {
-                "seq": pa.array([f.seq for f in rows], pa.int64()),
-                "recv_ns": pa.array([f.recv_ns for f in rows], pa.int64()),
-                "mono_ns": pa.array([f.mono_ns for f in rows], pa.int64()),
-                "venue": pa.array([f.venue for f in rows], pa.string()).cast(_DICT),
-                "conn": pa.array([f.conn for f in rows], pa.int32()),
-                "kind": pa.array([KIND_NAMES[f.kind] for f in rows], pa.string()).cast(_DICT),
-                "op": pa.array([OP_NAMES[f.op] for f in rows], pa.string()).cast(_DICT),
-                "payload": pa.array([f.payload for f in rows], pa.binary()),
-            },
-            schema=self._schema,
-        )
+        table = pa.Table.from_batches(self._batches, schema=self._schema)
+        self._batches, self._batch_rows, self._batch_bytes = [], 0, 0
         try:
-            self._writer.write_table(table, row_group_size=len(rows))
+            self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
         except OSError as error:
-            raise StorageError(f"cannot write {self._aside}: {error}. Free some space or choose another folder.") from error
-        self._rows, self._row_bytes = [], 0
+            raise StorageError(
+                f"cannot write {self._aside}: {error}. Free some space or choose another folder."
+            ) from error
 
     def seal(self) -> Segment:
         """Close, sync and rename; returns the manifest's entry. A segment must hold at least one frame."""
+        self._gather()
         self._flush()
-        if self._first is None or self._last is None:
+        if self._first is None:
             raise StorageError(f"nothing to seal in {self.path}.")
         try:
             self._writer.close()
@@ -246,21 +273,25 @@ class SegmentWriter:
             self._aside.replace(self.path)
             _sync_folder(self.path.parent)
         except OSError as error:
-            raise StorageError(f"cannot seal {self.path}: {error}. Free some space; the log is kept.") from error
+            raise StorageError(
+                f"cannot seal {self.path}: {error}. Free some space; the log is kept."
+            ) from error
         return Segment(
             file=self.path.name,
-            rows=self._total,
-            first_seq=self._first.seq,
-            last_seq=self._last.seq,
-            first_recv_ns=self._first.recv_ns,
-            last_recv_ns=self._last.recv_ns,
+            rows=self._rows,
+            first_seq=self._first[0],
+            last_seq=self._last[0],
+            first_recv_ns=self._first[1],
+            last_recv_ns=self._last[1],
             bytes=size,
             sha256=digest,
         )
 
     def discard(self) -> None:
         """Drop the unfinished file."""
-        self._writer.close()
+        # On a full disk the footer cannot be written either; the file is thrown away, so that is no loss.
+        with contextlib.suppress(OSError):
+            self._writer.close()
         self._aside.unlink(missing_ok=True)
 
 
@@ -278,7 +309,9 @@ class TapeReader:
         for segment in self.manifest.segments:
             path = self._segment_path(segment)
             if not path.is_file():
-                raise TapeError(f"{path} is missing although the manifest lists it. Restore it from a copy of the recording.")
+                raise TapeError(
+                    f"{path} is missing although the manifest lists it. Restore it from a copy of the recording."
+                )
             size = path.stat().st_size
             if size != segment.bytes:
                 raise TapeError(
@@ -311,12 +344,16 @@ class TapeReader:
                 if len(block) == 0:
                     continue
                 if int(block.seq[0]) <= last_seq or bool(np.any(np.diff(block.seq) <= 0)):
-                    raise TapeError(f"{path} row group {group}: seq is not increasing. The recording is damaged; restore it.")
+                    raise TapeError(
+                        f"{path} row group {group}: seq is not increasing. The recording is damaged; restore it."
+                    )
                 last_seq = int(block.seq[-1])
                 rows += len(block)
                 yield block
             if rows != segment.rows:
-                raise TapeError(f"{path} holds {rows:,} frames, the manifest says {segment.rows:,}. Restore it from a copy.")
+                raise TapeError(
+                    f"{path} holds {rows:,} frames, the manifest says {segment.rows:,}. Restore it from a copy."
+                )
 
     def frames(self) -> Iterator[Frame]:
         """Every frame, one at a time (slow; for tools and tests)."""
@@ -336,7 +373,9 @@ def _record_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
     except (pa.ArrowException, OSError) as error:
         where = f"{path} row group {group}" if group >= 0 else str(path)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TapeError(f"{where} cannot be read ({reason}). Restore it from a copy of the recording.") from None
+        raise TapeError(
+            f"{where} cannot be read ({reason}). Restore it from a copy of the recording."
+        ) from None
 
 
 def _check_schema(path: Path, schema: pa.Schema) -> None:
@@ -344,7 +383,9 @@ def _check_schema(path: Path, schema: pa.Schema) -> None:
     if version != str(TAPE_VERSION):
         raise TapeError(f"{path} is not an arbl2 tape of version {TAPE_VERSION} (found {version!r}).")
     if not schema.equals(SCHEMA, check_metadata=False):
-        raise TapeError(f"{path} has other columns than tape version {TAPE_VERSION}. It is damaged or foreign.")
+        raise TapeError(
+            f"{path} has other columns than tape version {TAPE_VERSION}. It is damaged or foreign."
+        )
 
 
 def block_from_arrow(batch: pa.RecordBatch, anchor: Anchor, *, where: str = "tape") -> FrameBlock:
@@ -367,11 +408,38 @@ def block_from_arrow(batch: pa.RecordBatch, anchor: Anchor, *, where: str = "tap
     )
 
 
+def block_to_arrow(block: FrameBlock, schema: pa.Schema = SCHEMA) -> pa.RecordBatch:
+    """The columns of one Arrow batch; stamps and payload bytes are views of the block, not copies."""
+    offsets, data = np.ascontiguousarray(block.offsets), np.ascontiguousarray(block.data)
+    payload = pa.Array.from_buffers(
+        pa.binary(), len(block), [None, pa.py_buffer(offsets), pa.py_buffer(data)], null_count=0
+    )
+    columns = [
+        pa.array(block.seq),
+        pa.array(block.recv_ns),
+        pa.array(block.mono_ns),
+        _names(block.venue, _VENUE_CODES),
+        pa.array(block.conn),
+        _names(block.kind, _KIND_CODES),
+        _names(block.op, _OP_CODES),
+        payload,
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _names(column: NDArray[np.uint8], codes: dict[str, int]) -> pa.DictionaryArray:
+    index = np.zeros(256, dtype=np.int8)
+    index[list(codes.values())] = np.arange(len(codes), dtype=np.int8)
+    return pa.DictionaryArray.from_arrays(pa.array(index[column]), pa.array(codes, pa.string()))
+
+
 def _codes(column: pa.DictionaryArray, codes: dict[str, int], where: str) -> Any:
     names = column.dictionary.to_pylist()
     unknown = [name for name in names if name not in codes]
     if unknown:
-        raise TapeError(f"{where}: unknown value {unknown[0]!r}. The tape was written by a newer arbl2, or is damaged.")
+        raise TapeError(
+            f"{where}: unknown value {unknown[0]!r}. The tape was written by a newer arbl2, or is damaged."
+        )
     lookup = np.array([codes[name] for name in names] or [0], dtype=np.uint8)
     return lookup[column.indices.to_numpy()]
 
@@ -388,15 +456,23 @@ def find_session(tape: Path | None, root: Path) -> Path:
     if tape is not None and (tape / MANIFEST).is_file():
         return tape
     if tape is not None and not tape.is_dir():
-        raise TapeError(f"there is no recording at {tape}. `arbl2 record` makes one; `arbl2 demo` shows the whole way.")
+        raise TapeError(
+            f"there is no recording at {tape}. `arbl2 record` makes one; `arbl2 demo` shows the whole way."
+        )
     found = sessions(tape if tape is not None else root)
     if not found:
-        raise TapeError(f"there is no recording below {tape or root}. `arbl2 record` makes one; `arbl2 demo` shows the whole way.")
+        raise TapeError(
+            f"there is no recording below {tape or root}. `arbl2 record` makes one; `arbl2 demo` shows the whole way."
+        )
     return found[-1]
 
 
 def write_session(
-    session_dir: Path, manifest: Manifest, frames: Sequence[Frame] | Iterator[Frame], *, zstd_level: int = ZSTD_LEVEL
+    session_dir: Path,
+    manifest: Manifest,
+    frames: Sequence[Frame] | Iterator[Frame],
+    *,
+    zstd_level: int = ZSTD_LEVEL,
 ) -> Manifest:
     """Write a whole session at once (importers, synthetic tapes): one segment and its manifest."""
     writer = SegmentWriter(session_dir, 1, manifest.session, manifest.anchor, zstd_level=zstd_level)

@@ -1,0 +1,158 @@
+"""Configuration of a run: frozen values, read from TOML, with a canonical text that enters the digest.
+
+Amounts are decimal text in TOML (``size_krw = "1000000"``), because a float cannot hold every amount; they are checked when the
+file is read. Every field has a default, so an empty file is a valid configuration.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from arbl2.errors import ConfigError
+from arbl2.money import NumberRefusedError, parse_e8
+from arbl2.rules import RuleOverride
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+STARTING_COINS = {"BTC": "1", "ETH": "30", "XRP": "50000", "SOL": "500", "DOGE": "400000"}
+"""Coins that each venue's paper account holds at the start where the configuration does not say."""
+
+
+class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class AggregatorConfig(_Table):
+    """When a source stops being ACTIVE, in seconds of engine time since its last book (exactly that old is still ACTIVE)."""
+
+    stale_s: float = 2.0
+    fx_stale_s: float = 10.0
+
+
+class PolicyConfig(_Table):
+    """The entry / take-profit threshold policy. Edges are gross, in basis points."""
+
+    entry_bps: float = 20.0
+    """Enter a direction when its edge is at least this."""
+    tp_bps: float = 35.0
+    """Close when the entry threshold plus the edge of the way back is at least this."""
+    size_krw: str = "1000000"
+    """Size of one entry, in KRW at the Upbit price; rounded down to a whole lot of coin."""
+    max_position_krw: str = "3000000"
+    """Largest position a symbol may reach, in KRW at the Upbit price."""
+
+
+class PaperConfig(_Table):
+    """The paper venue: how late orders arrive, what a trade costs, what the accounts hold at the start."""
+
+    upbit_latency_ms: float = 20.0
+    """Decision to arrival at the book as we see it: compute + order entry + feed delay (about one round trip)."""
+    binance_latency_ms: float = 60.0
+    upbit_fee_bps: float = 5.0
+    binance_fee_bps: float = 10.0
+    binance_fee_in: Literal["received", "quote"] = "received"
+    """Binance takes the fee of a buy from the coin received; "quote" models a fee paid in USDT."""
+    upbit_krw: str = "100000000"
+    binance_usdt: str = "100000"
+    upbit_coins: dict[str, str] = {}
+    """Coins held on Upbit at the start, e.g. BTC = "1"; coins not named here hold STARTING_COINS."""
+    binance_coins: dict[str, str] = {}
+
+
+class RunConfig(_Table):
+    """Everything that decides the result of a run besides the tape."""
+
+    symbols: tuple[str, ...] = ()
+    """Coins to trade, e.g. BTC; empty = every coin that the tape has on both venues, in alphabetical order."""
+    aggregator: AggregatorConfig = AggregatorConfig()
+    policy: PolicyConfig = PolicyConfig()
+    paper: PaperConfig = PaperConfig()
+    rules: dict[str, RuleOverride] = {}
+    """Order rules by coin, e.g. [rules.ADA] lot = "0.1"; they go before recorded and built-in rules."""
+
+    def canonical(self) -> bytes:
+        """The same bytes for the same configuration, on every machine."""
+        return msgspec.json.encode(self, order="deterministic")
+
+
+def loads(text: str, source: str = "the configuration") -> RunConfig:
+    """Read and check TOML. Raises ConfigError naming the field."""
+    try:
+        config = msgspec.toml.decode(text, type=RunConfig)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: {error}. docs/configuration.md lists every field.") from None
+    return checked(config)
+
+
+def load(path: Path) -> RunConfig:
+    """Read and check a TOML file. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}). Name a TOML file; docs/configuration.md has an example.") from None
+    return loads(text, str(path))
+
+
+def checked(config: RunConfig) -> RunConfig:
+    """The configuration itself if every value makes sense. Raises ConfigError naming the field."""
+    for name, value, least, most in (
+        ("aggregator.stale_s", config.aggregator.stale_s, 0.0, 86_400.0),
+        ("aggregator.fx_stale_s", config.aggregator.fx_stale_s, 0.0, 86_400.0),
+        ("policy.entry_bps", config.policy.entry_bps, -10_000.0, 1_000_000.0),
+        ("policy.tp_bps", config.policy.tp_bps, -20_000.0, 1_000_000.0),
+        ("paper.upbit_latency_ms", config.paper.upbit_latency_ms, 0.0, 60_000.0),
+        ("paper.binance_latency_ms", config.paper.binance_latency_ms, 0.0, 60_000.0),
+        ("paper.upbit_fee_bps", config.paper.upbit_fee_bps, 0.0, 1_000.0),
+        ("paper.binance_fee_bps", config.paper.binance_fee_bps, 0.0, 1_000.0),
+    ):
+        if not math.isfinite(value) or not least <= value <= most:
+            raise ConfigError(f"{name} = {value} is out of range: it must be from {least:g} to {most:g}.")
+    for name, text in (
+        ("policy.size_krw", config.policy.size_krw),
+        ("policy.max_position_krw", config.policy.max_position_krw),
+        ("paper.upbit_krw", config.paper.upbit_krw),
+        ("paper.binance_usdt", config.paper.binance_usdt),
+    ):
+        amount_e8(name, text)
+    if amount_e8("policy.size_krw", config.policy.size_krw) == 0:
+        raise ConfigError('policy.size_krw must be more than 0, for example "1000000".')
+    for field, coins in (("upbit_coins", config.paper.upbit_coins), ("binance_coins", config.paper.binance_coins)):
+        for coin, text in coins.items():
+            amount_e8(f"paper.{field}.{coin}", text)
+    return config
+
+
+def amount_e8(name: str, text: str) -> int:
+    """Decimal text of a field as an integer of 10^-8. Raises ConfigError naming the field."""
+    try:
+        return parse_e8(text.encode(), exact=True)
+    except NumberRefusedError:
+        raise ConfigError(
+            f'{name} = "{text}" is not a plain amount. Write digits with at most eight decimals, for example "1000000" or "0.01".'
+        ) from None
+
+
+def starting_coins_e8(config: PaperConfig, coin: str) -> tuple[int, int]:
+    """Coins held at the start on (Upbit, Binance). Raises ConfigError for a coin that neither says nor is built in."""
+    found = []
+    for field, coins in (("upbit_coins", config.upbit_coins), ("binance_coins", config.binance_coins)):
+        text = coins.get(coin, STARTING_COINS.get(coin))
+        if text is None:
+            raise ConfigError(f'say how much {coin} the paper account holds: [paper.{field}] {coin} = "100" in the configuration.')
+        found.append(amount_e8(f"paper.{field}.{coin}", text))
+    return found[0], found[1]
+
+
+def ns_of_ms(value_ms: float) -> int:
+    """Milliseconds to whole nanoseconds."""
+    return round(value_ms * 1_000_000)
+
+
+def ppm_of_bps(value_bps: float) -> int:
+    """Basis points to millionths: 5 bp = 500 ppm."""
+    return round(value_bps * 100)

@@ -1,0 +1,26 @@
+"""The one place that compiles kernels.
+
+Kernels are plain functions over NumPy arrays: ``fastmath`` stays off (it may reorder float operations), the machine code is kept
+on disk by numba beside the source (or in the user's cache folder), and ``NUMBA_DISABLE_JIT=1`` runs the same functions as Python.
+Kernels let go of the interpreter lock, so that the next block is read and unpacked while this one is decoded. numba notices a change of the file that a kernel stands in, not of files it calls into, so kernels never call kernels of another
+module.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numba
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+def kernel(function: F) -> F:
+    """Compile ``function`` on first call, with the on-disk cache where a folder can be written."""
+    try:
+        return cast("F", numba.njit(cache=True, nogil=True)(function))
+    except RuntimeError:  # numba found no writable cache folder: compile anew in each process
+        return cast("F", numba.njit(nogil=True)(function))

@@ -1,0 +1,91 @@
+"""The ledger: what each venue's account holds, and the proof that it adds up.
+
+The loop posts every fill to integer balances. ``add`` adds the fill rows up again, independently, in Python integers, and
+``reconcile`` demands that cash change + fees + position change leave a residual of exactly zero in every currency.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from arbl2.errors import EngineError
+from arbl2.events import Side
+from arbl2.frames import BINANCE, UPBIT, VENUES
+from arbl2.money import E8
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from arbl2.book import State, Universe
+
+QUOTE = {UPBIT: "KRW", BINANCE: "USDT"}
+
+
+class Ledger:
+    """Balances by venue and currency, in 10^-8 of each."""
+
+    def __init__(self, universe: Universe, state: State) -> None:
+        self._universe = universe
+        self._state = state
+        self._posted = {venue: dict.fromkeys(row, 0) for venue, row in self.balances().items()}
+
+    def balances(self, *, opening: bool = False) -> dict[str, dict[str, int]]:
+        """Balance by venue and currency (10^-8)."""
+        table = self._state.opening if opening else self._state.balance
+        names = self._universe.symbols
+        return {
+            VENUES[v]: {QUOTE[v]: int(table[v, 0]), **{name: int(table[v, 1 + k]) for k, name in enumerate(names)}}
+            for v in (UPBIT, BINANCE)
+        }
+
+    def changes(self) -> dict[str, dict[str, int]]:
+        """Change since the start by venue and currency (10^-8), fees included."""
+        then, now = self.balances(opening=True), self.balances()
+        return {venue: {name: now[venue][name] - then[venue][name] for name in now[venue]} for venue in now}
+
+    def add(self, fills: NDArray[Any]) -> None:
+        """Add fill rows to the independent sum."""
+        for fill in fills:
+            venue, buys = VENUES[fill["venue"]], int(fill["side"]) == Side.BUY
+            coin, fee = self._universe.symbols[fill["symbol"]], int(fill["fee_e8"])
+            row = self._posted[venue]
+            row[QUOTE[int(fill["venue"])]] += -int(fill["quote_e8"]) if buys else int(fill["quote_e8"])
+            row[coin] += int(fill["filled_e8"]) if buys else -int(fill["filled_e8"])
+            row[coin if fill["fee_in_base"] else QUOTE[int(fill["venue"])]] -= fee
+
+    def reconcile(self) -> None:
+        """Check the balances against the sum of the fills. Raises EngineError naming the residual."""
+        for venue, row in self.changes().items():
+            for currency, change in row.items():
+                residual = change - self._posted[venue][currency]
+                if residual:
+                    raise EngineError(
+                        f"the ledger does not add up: {venue} {currency} is off by {residual} x 10^-8. This is a defect of arbl2; "
+                        "please report it with the tape and the configuration."
+                    )
+
+    def mark_krw(self, symbol: int, coin_e8: int) -> int | None:
+        """KRW value of a coin change at the closing Upbit book: a surplus at the bid, a shortage at the ask. None: no book."""
+        return self._mark(self._universe.upbit_books[symbol], coin_e8)
+
+    def usdt_to_krw(self, amount_e8: int) -> int | None:
+        """KRW value of a USDT change at the closing KRW-USDT book: a surplus at the bid, a shortage at the ask. None: no book."""
+        return None if self._universe.fx_book < 0 else self._mark(self._universe.fx_book, amount_e8)
+
+    def krw_to_usdt(self, amount_e8: int) -> int | None:
+        """USDT value of a KRW change: a surplus buys USDT at the ask, a shortage is met by selling USDT at the bid."""
+        book = self._universe.fx_book
+        if amount_e8 == 0:
+            return 0
+        side = 1 if amount_e8 > 0 else 0
+        if book < 0 or self._state.books[book]["n"][side] == 0:
+            return None
+        return amount_e8 * E8 // int(self._state.px[book, side, 0])
+
+    def _mark(self, book: int, amount_e8: int) -> int | None:
+        if amount_e8 == 0:
+            return 0
+        side = 0 if amount_e8 > 0 else 1
+        if self._state.books[book]["n"][side] == 0:
+            return None
+        return amount_e8 * int(self._state.px[book, side, 0]) // E8

@@ -1,0 +1,196 @@
+"""What every venue's provider does: bytes of a block in, book updates out. Pure, and without memory between frames.
+
+A provider is two readers of the same messages: the compiled scanner for the exact wire form, and ``read``, a strict library
+decoder for everything else. The second one decides what is bad input and why.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from arbl2.frames import FrameKind
+from arbl2.money import NumberRefusedError, parse_e8
+from arbl2.scan import instrument_hash, settle
+from arbl2.updates import MAX_LEVELS, Reason, What
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from arbl2.frames import ExchangeId, FrameBlock
+    from arbl2.updates import UpdateBlock
+
+_NUMBER_REASONS = {
+    "number": Reason.BAD_NUMBER,
+    "negative": Reason.NEGATIVE,
+    "large": Reason.TOO_LARGE,
+    "scale": Reason.OFF_SCALE,
+}
+
+
+class RefusedError(Exception):
+    """Bad input: why, and the instrument it concerns where that could still be read."""
+
+    def __init__(self, reason: Reason, instrument: str = "") -> None:
+        super().__init__(reason.label)
+        self.reason = reason
+        self.instrument = instrument
+
+
+@dataclass(frozen=True, slots=True)
+class Instrument:
+    """One market of a venue, in the venue's spelling, and the coin and currency it trades."""
+
+    venue: ExchangeId
+    name: str
+    base: str
+    quote: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the strict decoder made of one message. Levels are (price_e8, size_e8), best first, as sent (nothing dropped)."""
+
+    reason: Reason
+    instrument: str = ""
+    exchange_ms: int = 0
+    update_id: int = 0
+    bids: tuple[tuple[int, int], ...] = ()
+    asks: tuple[tuple[int, int], ...] = ()
+    total_bid_e8: int = -1
+    total_ask_e8: int = -1
+
+
+class Provider(ABC):
+    """Decodes one venue. ``books`` maps the venue's instrument names to book indices of the run."""
+
+    venue: ExchangeId
+    venue_code: int
+    _scan: Callable[..., None]
+
+    def __init__(self, books: Mapping[str, int], *, scanner: bool = True) -> None:
+        self.books = dict(books)
+        self._scanner = scanner
+        names = [self.wire_name(name).encode("ascii") for name in self.books]
+        self._name_ends = np.zeros(len(names) + 1, np.int64)
+        np.cumsum([len(name) for name in names], out=self._name_ends[1:])
+        self._names = np.frombuffer(b"".join(names) or b"\0", dtype=np.uint8)
+        self._book_ids = np.array(list(self.books.values()) or [0], np.int32)
+        self._slots = np.zeros(max(16, 4 * len(names)), np.int64)
+        for index in range(len(names)):
+            slot = instrument_hash(self._names, self._name_ends[index], self._name_ends[index + 1]) % len(
+                self._slots
+            )
+            while self._slots[slot]:
+                slot = (slot + 1) % len(self._slots)
+            self._slots[slot] = index + 1
+
+    @staticmethod
+    @abstractmethod
+    def instrument(name: str) -> Instrument | None:
+        """The instrument of a venue's name, or None if the name is not of the venue's form."""
+
+    @staticmethod
+    def wire_name(name: str) -> str:
+        """How the name stands in a message."""
+        return name
+
+    @abstractmethod
+    def read(self, payload: bytes) -> Reading:
+        """Decode one message strictly. Raises RefusedError for bad input."""
+
+    def decode(self, block: FrameBlock, updates: UpdateBlock) -> None:
+        """Fill the rows of this venue's messages; every other row is left alone."""
+        rows = np.flatnonzero((block.venue == self.venue_code) & (block.kind == FrameKind.MESSAGE))
+        u = updates
+        if self._scanner:
+            type(self)._scan(  # noqa: SLF001
+                block.data, block.offsets, rows, self._slots, self._names, self._name_ends, self._book_ids,
+                u.what, u.reason, u.book, u.exchange_ms, u.update_id, u.start, u.n_bid, u.n_ask, u.px_e8, u.qty_e8, u.cursor,
+            )  # fmt: skip
+        else:
+            u.what[rows] = What.UNREAD
+        for i in rows[u.what[rows] == What.UNREAD].tolist():
+            self._read_into(block.payload(i), u, i)
+
+    def _read_into(self, payload: bytes, u: UpdateBlock, i: int) -> None:
+        try:
+            reading = self.read(payload)
+        except RefusedError as refused:
+            book = self.books.get(refused.instrument, -1)
+            u.what[i] = What.NOTHING if book < 0 else What.DOUBT
+            u.reason[i], u.book[i] = refused.reason, book
+            u.n_bid[i] = u.n_ask[i] = u.update_id[i] = u.exchange_ms[i] = 0
+            return
+        u.what[i], u.reason[i], u.book[i] = What.NOTHING, reading.reason, -1
+        if reading.reason is not Reason.BOOK:
+            return
+        at = int(u.cursor[0])
+        n, m = len(reading.bids), len(reading.asks)
+        ask_at = at + MAX_LEVELS
+        if n:
+            u.px_e8[at : at + n], u.qty_e8[at : at + n] = zip(*reading.bids, strict=True)
+        if m:
+            u.px_e8[ask_at : ask_at + m], u.qty_e8[ask_at : ask_at + m] = zip(*reading.asks, strict=True)
+        totals = np.array([reading.total_bid_e8, reading.total_ask_e8], np.int64)
+        bids, asks, reason = settle(u.px_e8, u.qty_e8, at, n, ask_at, m, totals)
+        u.book[i] = self.books[reading.instrument]
+        u.what[i] = What.BOOK if reason == Reason.BOOK else What.DOUBT
+        u.reason[i] = reason
+        u.exchange_ms[i], u.update_id[i] = reading.exchange_ms, reading.update_id
+        u.start[i], u.n_bid[i], u.n_ask[i] = at, bids, asks
+        u.cursor[0] = at + bids + asks
+
+
+_OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_STRING = msgspec.json.Decoder(str)
+_INT = msgspec.json.Decoder(int)
+
+
+def read_object(payload: bytes | msgspec.Raw) -> dict[str, msgspec.Raw]:
+    """The members of a JSON object as raw bytes. Raises RefusedError(NOT_JSON or WRONG_SHAPE)."""
+    try:
+        if isinstance(payload, bytes):
+            payload.decode("utf-8")
+        return _OBJECT.decode(payload)
+    except msgspec.ValidationError:
+        raise RefusedError(Reason.WRONG_SHAPE) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise RefusedError(Reason.NOT_JSON) from None
+
+
+def read_as(decoder: msgspec.json.Decoder[Any], raw: msgspec.Raw | None, instrument: str = "") -> Any:
+    """One member by its type. Raises RefusedError(WRONG_SHAPE)."""
+    if raw is None:
+        raise RefusedError(Reason.WRONG_SHAPE, instrument)
+    try:
+        return decoder.decode(raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise RefusedError(Reason.WRONG_SHAPE, instrument) from None
+
+
+def read_string(raw: msgspec.Raw | None, instrument: str = "") -> str:
+    """A JSON string. Raises RefusedError(WRONG_SHAPE)."""
+    return str(read_as(_STRING, raw, instrument))
+
+
+def read_count(raw: msgspec.Raw | None, instrument: str = "") -> int:
+    """A JSON integer from 0 to 2^63 - 1. Raises RefusedError(WRONG_SHAPE, NEGATIVE or TOO_LARGE)."""
+    value = int(read_as(_INT, raw, instrument))
+    if value < 0:
+        raise RefusedError(Reason.NEGATIVE, instrument)
+    if value > 2**63 - 1:
+        raise RefusedError(Reason.TOO_LARGE, instrument)
+    return value
+
+
+def read_e8(text: bytes, instrument: str, *, exact: bool) -> int:
+    """Number text to int64 of 10^-8. Raises RefusedError."""
+    try:
+        return parse_e8(text, exact=exact)
+    except NumberRefusedError as error:
+        raise RefusedError(_NUMBER_REASONS[str(error)], instrument) from None

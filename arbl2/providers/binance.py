@@ -1,0 +1,131 @@
+"""Binance spot: what its messages mean.
+
+The combined partial depth ``{"stream":"btcusdt@depth20@100ms","data":{"lastUpdateId":...,"bids":[...],"asks":[...]}}`` replaces
+the book. It has no symbol, no event time and no ``e``: the instrument is known from the stream's name only, so the ``/stream``
+endpoint must be used. ``lastUpdateId`` may repeat (a refresh) but never goes back within a connection. Acks and errors stand
+outside the wrapper. Prices and quantities are strings with eight decimals, whatever the tick.
+
+Source: github.com/binance/binance-spot-api-docs web-socket-streams.md (2026-07).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from arbl2.frames import BINANCE, ExchangeId
+from arbl2.providers.base import (
+    Instrument,
+    Provider,
+    Reading,
+    RefusedError,
+    read_as,
+    read_count,
+    read_e8,
+    read_object,
+    read_string,
+)
+from arbl2.scan import scan_binance
+from arbl2.updates import MAX_LEVELS, Reason
+
+if TYPE_CHECKING:
+    from msgspec import Raw
+
+_QUOTES = ("USDT", "USDC", "FDUSD", "TUSD", "BUSD", "BTC", "ETH", "BNB", "EUR", "TRY", "BRL", "JPY")
+_NAME = re.compile(rf"([A-Z0-9]{{1,12}}?)({'|'.join(_QUOTES)})\Z")
+_PARTIAL = re.compile(r"([a-z0-9]{1,24})@depth(?:5|10|20)(?:@100ms)?\Z")
+_LEVELS = msgspec.json.Decoder(list[list[msgspec.Raw]])
+_EVENTS = {
+    "depthUpdate": Reason.DIFF,
+    "trade": Reason.TRADE,
+    "aggTrade": Reason.TRADE,
+    "24hrTicker": Reason.TICKER,
+    "serverShutdown": Reason.SHUTDOWN,
+}
+
+
+class BinanceL2Provider(Provider):
+    """Partial depth books of Binance spot."""
+
+    venue = ExchangeId.BINANCE
+    venue_code = BINANCE
+    _scan = staticmethod(scan_binance)
+
+    @staticmethod
+    def instrument(name: str) -> Instrument | None:
+        """``BTCUSDT`` is BTC priced in USDT."""
+        match = _NAME.match(name)
+        return Instrument(ExchangeId.BINANCE, name, base=match[1], quote=match[2]) if match else None
+
+    @staticmethod
+    def wire_name(name: str) -> str:
+        """Stream names are in lower case."""
+        return name.lower()
+
+    def read(self, payload: bytes) -> Reading:
+        """Decode one message strictly. Raises RefusedError for bad input."""
+        members = read_object(payload)
+        if "stream" not in members:
+            return Reading(_bare(members))
+        stream = read_string(members["stream"])
+        if stream == "!serverShutdown":
+            return Reading(Reason.SHUTDOWN)
+        partial = _PARTIAL.match(stream)
+        symbol = partial[1].upper() if partial else ""
+        data = _data(members, symbol)
+        if partial is None:
+            return Reading(_event(data, stream))
+        if symbol not in self.books:
+            return Reading(Reason.UNKNOWN_INSTRUMENT)
+        return Reading(
+            Reason.BOOK,
+            instrument=symbol,
+            update_id=read_count(data.get("lastUpdateId"), symbol),
+            bids=_side(data.get("bids"), symbol),
+            asks=_side(data.get("asks"), symbol),
+        )
+
+
+def _bare(members: dict[str, Raw]) -> Reason:
+    """What a message outside the combined wrapper is."""
+    if "error" in members or ("code" in members and "msg" in members):
+        return Reason.VENUE_ERROR
+    if "result" in members:
+        return Reason.ACK
+    if "lastUpdateId" in members:
+        raise RefusedError(Reason.WRONG_SHAPE)  # a partial depth of /ws: it does not say of which symbol
+    return _event(members, "")
+
+
+def _event(data: dict[str, Raw], stream: str) -> Reason:
+    if "e" in data:
+        return _EVENTS.get(read_string(data["e"]), Reason.OTHER_MESSAGE)
+    if stream.endswith("@bookTicker") or {"u", "s", "b", "B", "a", "A"} <= data.keys():
+        return Reason.BOOK_TICKER
+    return Reason.OTHER_MESSAGE
+
+
+def _data(members: dict[str, Raw], symbol: str) -> dict[str, Raw]:
+    raw = members.get("data")
+    if raw is None:
+        raise RefusedError(Reason.WRONG_SHAPE, symbol)
+    try:
+        return read_object(raw)
+    except RefusedError as refused:
+        raise RefusedError(refused.reason, symbol) from None
+
+
+def _side(raw: Raw | None, symbol: str) -> tuple[tuple[int, int], ...]:
+    levels = read_as(_LEVELS, raw, symbol)
+    if len(levels) > MAX_LEVELS:
+        raise RefusedError(Reason.TOO_MANY_LEVELS, symbol)
+    return tuple(_level(level, symbol) for level in levels)
+
+
+def _level(level: list[Raw], symbol: str) -> tuple[int, int]:
+    if len(level) < 2:
+        raise RefusedError(Reason.WRONG_SHAPE, symbol)
+    price, size = (read_string(part, symbol).encode() for part in level[:2])
+    return read_e8(price, symbol, exact=True), read_e8(size, symbol, exact=False)
