@@ -23,18 +23,14 @@ STARTING_COINS = {"BTC": "1", "ETH": "30", "XRP": "50000", "SOL": "500", "DOGE":
 """Coins that each venue's paper account holds at the start where the configuration does not say."""
 
 
-class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class AggregatorConfig(_Table):
+class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """When a source stops being ACTIVE, in seconds of engine time since its last book (exactly that old is still ACTIVE)."""
 
     stale_s: float = 2.0
     fx_stale_s: float = 10.0
 
 
-class PolicyConfig(_Table):
+class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The entry / take-profit threshold policy. Edges are gross, in basis points."""
 
     entry_bps: float = 20.0
@@ -47,7 +43,7 @@ class PolicyConfig(_Table):
     """Largest position a symbol may reach, in KRW at the Upbit price."""
 
 
-class PaperConfig(_Table):
+class PaperConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The paper venue: how late orders arrive, what a trade costs, what the accounts hold at the start."""
 
     upbit_latency_ms: float = 20.0
@@ -64,7 +60,7 @@ class PaperConfig(_Table):
     binance_coins: dict[str, str] = {}
 
 
-class RunConfig(_Table):
+class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that decides the result of a run besides the tape."""
 
     symbols: tuple[str, ...] = ()
@@ -143,7 +139,9 @@ def starting_coins_e8(config: PaperConfig, coin: str) -> tuple[int, int]:
     for field, coins in (("upbit_coins", config.upbit_coins), ("binance_coins", config.binance_coins)):
         text = coins.get(coin, STARTING_COINS.get(coin))
         if text is None:
-            raise ConfigError(f'say how much {coin} the paper account holds: [paper.{field}] {coin} = "100" in the configuration.')
+            raise ConfigError(
+                f'say how much {coin} the paper account holds: [paper.{field}] {coin} = "100" in the configuration.'
+            )
         found.append(amount_e8(f"paper.{field}.{coin}", text))
     return found[0], found[1]
 

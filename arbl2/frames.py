@@ -38,9 +38,7 @@ class FrameKind(IntEnum):
     REQUEST = 5  # a REST request that we sent; payload: JSON {"method": "GET", "url": ...}
     RESPONSE = 6  # the exact body of a REST response
     CLOCK = 7  # a clock sample; payload: JSON {"wall_ns": ..., "mono_ns": ...}
-    ALARM = (
-        8  # something the recorder noticed (a silent code, a missing ack); payload: JSON {"alarm": ..., ...}
-    )
+    ALARM = 8  # something the recorder noticed (a silent code, a missing ack); payload: JSON {"alarm": ..., ...}
 
 
 class Op(IntEnum):
@@ -71,7 +69,10 @@ OP_NAMES: dict[int, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """One instant on both clocks. Engine time = ``wall_ns`` + (``mono_ns`` of the frame - ``mono_ns`` here): it never steps back."""
+    """One instant on both clocks.
+
+    Engine time = ``wall_ns`` + (``mono_ns`` of the frame - ``mono_ns`` here): it never steps back.
+    """
 
     wall_ns: int
     mono_ns: int

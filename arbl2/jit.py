@@ -1,8 +1,10 @@
 """The one place that compiles kernels.
 
-Kernels are plain functions over NumPy arrays: ``fastmath`` stays off (it may reorder float operations), the machine code is kept
-on disk by numba beside the source (or in the user's cache folder), and ``NUMBA_DISABLE_JIT=1`` runs the same functions as Python.
-Kernels let go of the interpreter lock, so that the next block is read and unpacked while this one is decoded. numba notices a change of the file that a kernel stands in, not of files it calls into, so kernels never call kernels of another
+Kernels are plain functions over NumPy arrays. ``fastmath`` stays off (it may reorder float operations), numba keeps the machine
+code on disk beside the source (or in the user's cache folder), and ``NUMBA_DISABLE_JIT=1`` runs the same functions as Python.
+They let go of the interpreter lock, so that the next block is read and unpacked while this one is decoded.
+
+numba notices a change of the file that a kernel stands in, not of files it calls into, so kernels call no kernel of another
 module.
 """
 

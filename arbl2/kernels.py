@@ -225,16 +225,14 @@ def _heal_eaten(books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Int
 
 
 @kernel
-def _touch(
-    books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints, b: int, side: int
-) -> int:
+def _touch(books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints, b: int, side: int) -> int:
     """Best price that still has something to take; 0 if there is none."""
     if books[b]["eaten"][side] == 0:
-        return px[b, side, 0] if books[b]["n"][side] > 0 else 0
+        return int(px[b, side, 0]) if books[b]["n"][side] > 0 else 0
     for j in range(books[b]["n"][side]):
         p = px[b, side, j]
         if qty[b, side, j] > _eaten_at(books, eaten_px, eaten_qty, eaten_by, b, side, p, 0):
-            return p
+            return int(p)
     return 0
 
 
@@ -451,7 +449,7 @@ def _replace_side(
         px[b, side, j] = p
         qty[b, side, j] = q
         # wraps on purpose; odd factors keep every bit of every level in play
-        checksum = ((checksum ^ p) * np.int64(0x100000001B3)) ^ (q * np.int64(0x1B873593))
+        checksum = ((checksum ^ p) * 0x100000001B3) ^ (q * 0x1B873593)
     books[b]["n"][side] = n
     return checksum
 
@@ -468,9 +466,7 @@ def apply(
         for k in range(len(books)):
             if books[k]["venue"] == venue and books[k]["conn"] == conn and books[k]["connected"] == 1:
                 books[k]["connected"] = 0
-                _resolve(
-                    books, px, qty, eaten_px, eaten_qty, eaten_by, orders, order_state, counters, fills, k, time_ns, False
-                )
+                _resolve(books, px, qty, eaten_px, eaten_qty, eaten_by, orders, order_state, counters, fills, k, time_ns, False)
         return True
     regress = what == _BOOK and update_id > 0 and conn == books[b]["conn"] and update_id < books[b]["update_id"]
     if regress:
@@ -488,7 +484,7 @@ def apply(
     books[b]["update_id"] = update_id
     books[b]["exchange_ms"] = exchange_ms
     books[b]["updates"] += 1
-    checksum = np.int64(books[b]["checksum"] ^ time_ns)
+    checksum = books[b]["checksum"] ^ time_ns
     checksum = _replace_side(books, px, qty, b, _BID, new_px, new_qty, at, n_bid, checksum)
     checksum = _replace_side(books, px, qty, b, _ASK, new_px, new_qty, at + n_bid, n_ask, checksum ^ n_bid)
     books[b]["checksum"] = checksum
@@ -521,7 +517,8 @@ def edge_buy_upbit_bps(upbit_ask: int, binance_bid: int, fx_bid: int) -> float:
 @kernel
 def is_active(books: Rows, b: int, time_ns: int, stale_ns: int) -> bool:
     """Connected, trusted and not older than ``stale_ns`` (exactly that old is still active)."""
-    return books[b]["connected"] == 1 and books[b]["trusted"] == 1 and time_ns - books[b]["last_ns"] <= stale_ns
+    fresh = time_ns - books[b]["last_ns"] <= stale_ns
+    return bool(books[b]["connected"] == 1 and books[b]["trusted"] == 1 and fresh)
 
 
 @kernel
@@ -622,7 +619,9 @@ def threshold(pairs: Rows, pair: int, view: Rows, ask: Ints) -> bool:
 
 
 @kernel
-def _lock_for(pairs: Rows, config: Rows, balance: Ints, locked: Ints, pair: int, venue: int, side: int, px: int, size: int) -> int:
+def _lock_for(
+    pairs: Rows, config: Rows, balance: Ints, locked: Ints, pair: int, venue: int, side: int, px: int, size: int
+) -> int:
     """What a leg must set aside at worst (quote currency for a buy, coin for a sell); minus an Outcome if it cannot be sent."""
     value = notional_e8(px, size, True)
     if value < 0 or value > _FAR:
@@ -810,8 +809,8 @@ def run(
             continue
         good = apply(
             books, px, qty, eaten_px, eaten_qty, eaten_by, gaps, orders, order_state, counters, fills,
-            t, np.int64(venue[i]), np.int64(conn[i]), np.int64(what[i]), np.int64(book[i]), exchange_ms[i], update_id[i],
-            np.int64(n_bid[i]), np.int64(n_ask[i]), np.int64(start[i]), new_px, new_qty,
+            t, venue[i], conn[i], what[i], book[i], exchange_ms[i], update_id[i],
+            n_bid[i], n_ask[i], start[i], new_px, new_qty,
         )  # fmt: skip
         if not good:
             reason[i] = _ID_REGRESS
@@ -825,12 +824,10 @@ def run(
         for k in range(0 if every else max(one, 0), len(pairs) if every else one + 1):
             if pairs[k]["in_flight"] > 0:
                 continue
-            asks = look(
-                books, px, qty, eaten_px, eaten_qty, eaten_by, pairs, config, k, t, seq[i], view
-            ) and threshold(pairs, k, view, ask)
+            asks = look(books, px, qty, eaten_px, eaten_qty, eaten_by, pairs, config, k, t, seq[i], view) and threshold(
+                pairs, k, view, ask
+            )
             end_episode(pairs, k, ask[0] if asks else 0)
             if asks:
-                submit(
-                    books, px, qty, pairs, config, balance, locked, orders, order_state, counters, decisions, k, view, ask
-                )
+                submit(books, px, qty, pairs, config, balance, locked, orders, order_state, counters, decisions, k, view, ask)
     return last

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from arbl2.errors import EngineError
 from arbl2.events import Side
 from arbl2.frames import BINANCE, UPBIT, VENUES
-from arbl2.money import E8
+from arbl2.money import E8, FxQuote, Krw, Usdt
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,8 +60,8 @@ class Ledger:
                 residual = change - self._posted[venue][currency]
                 if residual:
                     raise EngineError(
-                        f"the ledger does not add up: {venue} {currency} is off by {residual} x 10^-8. This is a defect of arbl2; "
-                        "please report it with the tape and the configuration."
+                        f"the ledger does not add up: {venue} {currency} is off by {residual} x 10^-8. This is a defect of "
+                        "arbl2; please report it with the tape and the configuration."
                     )
 
     def mark_krw(self, symbol: int, coin_e8: int) -> int | None:
@@ -71,6 +71,14 @@ class Ledger:
     def usdt_to_krw(self, amount_e8: int) -> int | None:
         """KRW value of a USDT change at the closing KRW-USDT book: a surplus at the bid, a shortage at the ask. None: no book."""
         return None if self._universe.fx_book < 0 else self._mark(self._universe.fx_book, amount_e8)
+
+    def closing_rate(self, side: str) -> FxQuote[Usdt, Krw] | None:
+        """The rate that marks USDT at the end: the last KRW-USDT book of the tape, with its age. None: there was none."""
+        book, index = self._universe.fx_book, 0 if side == "bid" else 1
+        if book < 0 or self._state.books[book]["n"][index] == 0:
+            return None
+        age_ns = int(self._state.counters[0]["time_ns"] - self._state.books[book]["last_ns"])
+        return FxQuote(Usdt, Krw, int(self._state.px[book, index, 0]), side, "last upbit KRW-USDT book", age_ns)
 
     def krw_to_usdt(self, amount_e8: int) -> int | None:
         """USDT value of a KRW change: a surplus buys USDT at the ask, a shortage is met by selling USDT at the bid."""

@@ -47,7 +47,7 @@ def parse_e8(text: bytes, *, exact: bool) -> int:
     if len(digits) > 400:
         raise NumberRefusedError("number")
     if scale >= 0:
-        value = int(digits) * 10**scale
+        value: int = int(digits) * 10**scale
     elif -scale > len(digits):
         if exact:
             raise NumberRefusedError("scale")
@@ -148,6 +148,4 @@ class FxQuote(Generic[C, D]):
 
     def __str__(self) -> str:
         pair = f"{self.quote.__name__.upper()} per {self.base.__name__.upper()}"
-        return (
-            f"{format_e8(self.rate_e8, 2)} {pair} ({self.source} {self.side}, {self.age_ns / 1e9:.1f} s old)"
-        )
+        return f"{format_e8(self.rate_e8, 2)} {pair} ({self.source} {self.side}, {self.age_ns / 1e9:.1f} s old)"

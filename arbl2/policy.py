@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from arbl2.events import Direction, Intent
-
 if TYPE_CHECKING:
     from arbl2.config import PolicyConfig
+    from arbl2.events import Direction, Intent
 
 
 @dataclass(frozen=True, slots=True)

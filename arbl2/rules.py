@@ -126,13 +126,9 @@ def upbit_tick_e8(instrument: str, price_e8: int, on: date) -> int:
     """
     quote, _, base = instrument.partition("-")
     if quote != "KRW" or not base:
-        raise ConfigError(
-            f"arbl2 knows ticks of Upbit's KRW market, not of {instrument!r}. Name a code like KRW-BTC."
-        )
+        raise ConfigError(f"arbl2 knows ticks of Upbit's KRW market, not of {instrument!r}. Name a code like KRW-BTC.")
     if price_e8 <= 0:
-        raise ConfigError(
-            f"{instrument} has no tick at a price of {format_e8(price_e8)} KRW. Ask for one above zero."
-        )
+        raise ConfigError(f"{instrument} has no tick at a price of {format_e8(price_e8)} KRW. Ask for one above zero.")
     for table in UPBIT_KRW_TICKS:
         tick = table.tick_e8(base, price_e8, on)
         if tick is not None:
@@ -248,9 +244,7 @@ class PairRules:
     binance_min_notional_e8: int
 
 
-def pair_rules(
-    base: str, overrides: Mapping[str, RuleOverride], recorded: Mapping[str, BinanceRules] | None = None
-) -> PairRules:
+def pair_rules(base: str, overrides: Mapping[str, RuleOverride], recorded: Mapping[str, BinanceRules] | None = None) -> PairRules:
     """Rules of the pair KRW-``base`` on Upbit and ``base``USDT on Binance.
 
     ``overrides`` (by base) go first, then ``recorded`` (by Binance symbol, as
@@ -269,10 +263,8 @@ def pair_rules(
     return PairRules(
         base=base,
         lot_e8=math.lcm(UPBIT_LOT_E8, lot_e8),
-        upbit_min_notional_e8=_override_e8(base, "upbit_min_notional", override.upbit_min_notional)
-        or UPBIT_MIN_NOTIONAL_E8,
-        binance_min_notional_e8=_override_e8(base, "binance_min_notional", override.binance_min_notional)
-        or binance_min_e8,
+        upbit_min_notional_e8=_override_e8(base, "upbit_min_notional", override.upbit_min_notional) or UPBIT_MIN_NOTIONAL_E8,
+        binance_min_notional_e8=_override_e8(base, "binance_min_notional", override.binance_min_notional) or binance_min_e8,
     )
 
 

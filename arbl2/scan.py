@@ -10,7 +10,7 @@ overstated.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from arbl2.updates import MAX_LEVELS, Reason, What
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    Value = Any  # an int64 of the compiled code; np.int64 when it runs as Python
     Bytes = NDArray[np.uint8]
     Ints = NDArray[np.int64]
 
@@ -84,7 +85,7 @@ def _literal(data: Bytes, p: int, end: int, text: Bytes) -> int:
 
 
 @kernel
-def _digits(data: Bytes, p: int, end: int) -> tuple[int, int]:
+def _digits(data: Bytes, p: int, end: int) -> tuple[Value, int]:
     """A plain non-negative integer of at most 18 digits: (value, position after it), position -1 if there is none."""
     value = np.int64(0)
     first = p
@@ -102,7 +103,7 @@ def _digits(data: Bytes, p: int, end: int) -> tuple[int, int]:
 
 
 @kernel
-def _number_e8(data: Bytes, p: int, end: int, exact: bool) -> tuple[int, int]:
+def _number_e8(data: Bytes, p: int, end: int, exact: bool) -> tuple[Value, int]:
     """A non-negative JSON number as int64 of 10^-8: (value, position after it), position -1 if it is not plain enough.
 
     At most 18 significant digits and a two-digit exponent; anything else is left to the strict decoder. ``exact`` refuses
@@ -153,7 +154,7 @@ def _number_e8(data: Bytes, p: int, end: int, exact: bool) -> tuple[int, int]:
             c = np.int64(data[p])
             if c < _ZERO or c > _NINE:
                 break
-            exponent = exponent * 10 + (c - _ZERO)
+            exponent = exponent * 10 + int(c - _ZERO)
             p += 1
         if p == point or p - point == 3:
             return value, _FAIL
@@ -176,7 +177,7 @@ def _number_e8(data: Bytes, p: int, end: int, exact: bool) -> tuple[int, int]:
 
 
 @kernel
-def instrument_hash(data: Bytes, start: int, stop: int) -> int:
+def instrument_hash(data: Bytes, start: int, stop: int) -> Value:
     """Hash of an instrument's name as it stands in the frame, for the lookup table of the provider."""
     h = np.int64(1469598103)
     for p in range(start, stop):
@@ -208,9 +209,7 @@ def _find_book(data: Bytes, start: int, stop: int, slots: Ints, names: Bytes, na
 
 
 @kernel
-def settle(
-    px: Ints, qty: Ints, start: int, n: int, ask_at: int, m: int, totals: Ints
-) -> tuple[int, int, int]:
+def settle(px: Ints, qty: Ints, start: int, n: int, ask_at: int, m: int, totals: Ints) -> tuple[int, int, Value]:
     """Drop empty levels of one book, close the gap between its sides and check it.
 
     On entry ``n`` bids stand at ``start`` and ``m`` asks at ``ask_at``; on return (n_bid, n_ask, reason) with the asks right
@@ -249,10 +248,8 @@ def settle(
         reason = _R_CROSSED
     if reason == _R_BOOK and totals[0] >= 0:
         # float sums of int64 values: relative error far below 1e-14 for 30 levels
-        if (
-            abs(sum_bid - totals[0]) > n + 1 + totals[0] * 1e-14
-            or abs(sum_ask - totals[1]) > m + 1 + totals[1] * 1e-14
-        ):
+        bids_differ = abs(sum_bid - totals[0]) > n + 1 + totals[0] * 1e-14
+        if bids_differ or abs(sum_ask - totals[1]) > m + 1 + totals[1] * 1e-14:
             reason = _R_TOTALS
     return n_bid, n_ask, reason
 
@@ -351,9 +348,7 @@ def _side(data: Bytes, p: int, end: int, px: Ints, qty: Ints, at: int) -> tuple[
     if p < end and np.int64(data[p]) == 93:  # ] : an empty side
         return 0, p
     while True:
-        if (
-            n == MAX_LEVELS or p + 2 > end or np.int64(data[p]) != 91 or np.int64(data[p + 1]) != _QUOTE
-        ):  # [ "
+        if n == MAX_LEVELS or p + 2 > end or np.int64(data[p]) != 91 or np.int64(data[p + 1]) != _QUOTE:  # [ "
             return _FAIL, p
         px[at + n], p = _number_e8(data, p + 2, end, True)
         if p < 0 or p + 3 > end:
@@ -442,8 +437,8 @@ def scan_upbit(
     at = cursor[0]
     for r in range(len(rows)):
         i = rows[r]
-        s = np.int64(offsets[i])
-        end = np.int64(offsets[i + 1])
+        s = int(offsets[i])
+        end = int(offsets[i + 1])
         # {"type": and {"ty": differ in their fifth byte
         simple = 1 if end - s > 4 and np.int64(data[s + 4]) == _QUOTE else 0
         units, known, ms = _upbit_frame(data, s, end, simple, slots, names, name_ends, px, qty, at, totals)
@@ -494,7 +489,7 @@ def scan_binance(
     for r in range(len(rows)):
         i = rows[r]
         bids, asks, known, last_id = _binance_frame(
-            data, np.int64(offsets[i]), np.int64(offsets[i + 1]), slots, names, name_ends, px, qty, at
+            data, int(offsets[i]), int(offsets[i + 1]), slots, names, name_ends, px, qty, at
         )
         if bids < 0:
             what[i] = _UNREAD

@@ -119,13 +119,9 @@ def load_manifest(session_dir: Path) -> Manifest:
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except FileNotFoundError:
-        raise TapeError(
-            f"{session_dir} is not a recording: it has no {MANIFEST}. Name a session folder."
-        ) from None
+        raise TapeError(f"{session_dir} is not a recording: it has no {MANIFEST}. Name a session folder.") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise TapeError(
-            f"{path} cannot be read ({error}). Restore it from a copy, or run `arbl2 recover`."
-        ) from None
+        raise TapeError(f"{path} cannot be read ({error}). Restore it from a copy, or run `arbl2 recover`.") from None
     except OSError as error:
         raise TapeError(f"{path} cannot be read: {error.strerror}.") from None
     if manifest.tape_version != TAPE_VERSION:
@@ -134,9 +130,7 @@ def load_manifest(session_dir: Path) -> Manifest:
         )
     for segment in manifest.segments:
         if Path(segment.file).name != segment.file:
-            raise TapeError(
-                f"{path} names a segment outside its folder ({segment.file!r}). Do not trust this recording."
-            )
+            raise TapeError(f"{path} names a segment outside its folder ({segment.file!r}). Do not trust this recording.")
     return manifest
 
 
@@ -157,9 +151,7 @@ def write_atomically(path: Path, body: bytes) -> None:
         aside.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}. Free some space or choose another folder."
-        ) from error
+        raise StorageError(f"cannot write {path}: {error.strerror}. Free some space or choose another folder.") from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -182,9 +174,7 @@ class SegmentWriter:
     Rows go to ``<name>.part``; ``seal`` closes, syncs and renames it, so that a file without the suffix is always whole.
     """
 
-    def __init__(
-        self, session_dir: Path, number: int, session: str, anchor: Anchor, *, zstd_level: int = ZSTD_LEVEL
-    ) -> None:
+    def __init__(self, session_dir: Path, number: int, session: str, anchor: Anchor, *, zstd_level: int = ZSTD_LEVEL) -> None:
         self.path = session_dir / SEGMENTS / f"{number:06d}.parquet"
         self._aside = self.path.with_name(self.path.name + ".part")
         self._anchor = anchor
@@ -212,9 +202,7 @@ class SegmentWriter:
                 write_statistics=["seq", "recv_ns", "mono_ns", "venue", "conn", "kind"],
             )
         except OSError as error:
-            raise StorageError(
-                f"cannot write {self._aside}: {error}. Free some space or choose another folder."
-            ) from error
+            raise StorageError(f"cannot write {self._aside}: {error}. Free some space or choose another folder.") from error
 
     def append(self, frame: Frame) -> None:
         """Add one frame; a row group is written whenever enough have gathered."""
@@ -255,9 +243,7 @@ class SegmentWriter:
         try:
             self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
         except OSError as error:
-            raise StorageError(
-                f"cannot write {self._aside}: {error}. Free some space or choose another folder."
-            ) from error
+            raise StorageError(f"cannot write {self._aside}: {error}. Free some space or choose another folder.") from error
 
     def seal(self) -> Segment:
         """Close, sync and rename; returns the manifest's entry. A segment must hold at least one frame."""
@@ -273,9 +259,7 @@ class SegmentWriter:
             self._aside.replace(self.path)
             _sync_folder(self.path.parent)
         except OSError as error:
-            raise StorageError(
-                f"cannot seal {self.path}: {error}. Free some space; the log is kept."
-            ) from error
+            raise StorageError(f"cannot seal {self.path}: {error}. Free some space; the log is kept.") from error
         return Segment(
             file=self.path.name,
             rows=self._rows,
@@ -309,9 +293,7 @@ class TapeReader:
         for segment in self.manifest.segments:
             path = self._segment_path(segment)
             if not path.is_file():
-                raise TapeError(
-                    f"{path} is missing although the manifest lists it. Restore it from a copy of the recording."
-                )
+                raise TapeError(f"{path} is missing although the manifest lists it. Restore it from a copy of the recording.")
             size = path.stat().st_size
             if size != segment.bytes:
                 raise TapeError(
@@ -344,16 +326,12 @@ class TapeReader:
                 if len(block) == 0:
                     continue
                 if int(block.seq[0]) <= last_seq or bool(np.any(np.diff(block.seq) <= 0)):
-                    raise TapeError(
-                        f"{path} row group {group}: seq is not increasing. The recording is damaged; restore it."
-                    )
+                    raise TapeError(f"{path} row group {group}: seq is not increasing. The recording is damaged; restore it.")
                 last_seq = int(block.seq[-1])
                 rows += len(block)
                 yield block
             if rows != segment.rows:
-                raise TapeError(
-                    f"{path} holds {rows:,} frames, the manifest says {segment.rows:,}. Restore it from a copy."
-                )
+                raise TapeError(f"{path} holds {rows:,} frames, the manifest says {segment.rows:,}. Restore it from a copy.")
 
     def frames(self) -> Iterator[Frame]:
         """Every frame, one at a time (slow; for tools and tests)."""
@@ -373,9 +351,7 @@ def _record_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
     except (pa.ArrowException, OSError) as error:
         where = f"{path} row group {group}" if group >= 0 else str(path)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TapeError(
-            f"{where} cannot be read ({reason}). Restore it from a copy of the recording."
-        ) from None
+        raise TapeError(f"{where} cannot be read ({reason}). Restore it from a copy of the recording.") from None
 
 
 def _check_schema(path: Path, schema: pa.Schema) -> None:
@@ -383,9 +359,7 @@ def _check_schema(path: Path, schema: pa.Schema) -> None:
     if version != str(TAPE_VERSION):
         raise TapeError(f"{path} is not an arbl2 tape of version {TAPE_VERSION} (found {version!r}).")
     if not schema.equals(SCHEMA, check_metadata=False):
-        raise TapeError(
-            f"{path} has other columns than tape version {TAPE_VERSION}. It is damaged or foreign."
-        )
+        raise TapeError(f"{path} has other columns than tape version {TAPE_VERSION}. It is damaged or foreign.")
 
 
 def block_from_arrow(batch: pa.RecordBatch, anchor: Anchor, *, where: str = "tape") -> FrameBlock:
@@ -410,36 +384,39 @@ def block_from_arrow(batch: pa.RecordBatch, anchor: Anchor, *, where: str = "tap
 
 def block_to_arrow(block: FrameBlock, schema: pa.Schema = SCHEMA) -> pa.RecordBatch:
     """The columns of one Arrow batch; stamps and payload bytes are views of the block, not copies."""
-    offsets, data = np.ascontiguousarray(block.offsets), np.ascontiguousarray(block.data)
-    payload = pa.Array.from_buffers(
-        pa.binary(), len(block), [None, pa.py_buffer(offsets), pa.py_buffer(data)], null_count=0
-    )
     columns = [
-        pa.array(block.seq),
-        pa.array(block.recv_ns),
-        pa.array(block.mono_ns),
+        _column(block.seq, pa.int64()),
+        _column(block.recv_ns, pa.int64()),
+        _column(block.mono_ns, pa.int64()),
         _names(block.venue, _VENUE_CODES),
-        pa.array(block.conn),
+        _column(block.conn, pa.int32()),
         _names(block.kind, _KIND_CODES),
         _names(block.op, _OP_CODES),
-        payload,
+        pa.Array.from_buffers(pa.binary(), len(block), [None, _buffer(block.offsets), _buffer(block.data)], null_count=0),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _buffer(values: NDArray[Any]) -> pa.Buffer:
+    return pa.py_buffer(np.ascontiguousarray(values))
+
+
+def _column(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
+    # Not pa.array: given an ndarray it first imports pandas, where there is one, and holds up every thread meanwhile.
+    return pa.Array.from_buffers(kind, len(values), [None, _buffer(values)], null_count=0)
 
 
 def _names(column: NDArray[np.uint8], codes: dict[str, int]) -> pa.DictionaryArray:
     index = np.zeros(256, dtype=np.int8)
     index[list(codes.values())] = np.arange(len(codes), dtype=np.int8)
-    return pa.DictionaryArray.from_arrays(pa.array(index[column]), pa.array(codes, pa.string()))
+    return pa.DictionaryArray.from_arrays(_column(index[column], pa.int8()), pa.array(list(codes), pa.string()))
 
 
 def _codes(column: pa.DictionaryArray, codes: dict[str, int], where: str) -> Any:
     names = column.dictionary.to_pylist()
     unknown = [name for name in names if name not in codes]
     if unknown:
-        raise TapeError(
-            f"{where}: unknown value {unknown[0]!r}. The tape was written by a newer arbl2, or is damaged."
-        )
+        raise TapeError(f"{where}: unknown value {unknown[0]!r}. The tape was written by a newer arbl2, or is damaged.")
     lookup = np.array([codes[name] for name in names] or [0], dtype=np.uint8)
     return lookup[column.indices.to_numpy()]
 
@@ -456,9 +433,7 @@ def find_session(tape: Path | None, root: Path) -> Path:
     if tape is not None and (tape / MANIFEST).is_file():
         return tape
     if tape is not None and not tape.is_dir():
-        raise TapeError(
-            f"there is no recording at {tape}. `arbl2 record` makes one; `arbl2 demo` shows the whole way."
-        )
+        raise TapeError(f"there is no recording at {tape}. `arbl2 record` makes one; `arbl2 demo` shows the whole way.")
     found = sessions(tape if tape is not None else root)
     if not found:
         raise TapeError(

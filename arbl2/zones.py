@@ -34,6 +34,7 @@ VENUES: tuple[str, ...] = (ExchangeId.UPBIT.value, ExchangeId.BINANCE.value)
 SIDES: tuple[str, ...] = ("buy", "sell")
 ALL = "all"
 MAX_ZONES = 20_000
+LARGEST_CUT = 2**62  # a latency in ns must fit in 64 bits
 
 N = TypeVar("N", int, float)
 State = Literal["ok", "insufficient", "unresolved", "unvalidated", "degenerate"]
@@ -253,14 +254,18 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """How the numbers were made. ``rho1`` is null where no block was followed by another."""
+    """How the numbers were made.
+
+    ``rho1`` is the resemblance of neighbouring blocks that merging left, per level of the chain from zone to ``all``; null where
+    no block was followed by another.
+    """
 
     zones: ZoneCuts
     zones_sha256: str
     block_ns_first: int
     block_ns_final: int
     blocks: int
-    rho1: float | None
+    rho1: tuple[float | None, ...]
     weights: Literal["opportunity"] = "opportunity"
     latency: dict[str, Latency] = {}
     sessions: int
@@ -385,8 +390,10 @@ def dumps(artefact: Artefact) -> bytes:
 
 def _check_cuts(name: str, lower: Sequence[float], where: str) -> None:
     rising = all(a < b for a, b in pairwise(lower))
-    if not lower or lower[0] != 0 or not rising or not math.isfinite(lower[-1]):
-        raise ConfigError(f"{where}: the cut points of {name} must rise from 0, each larger than the one before it.")
+    if not lower or lower[0] != 0 or not rising or lower[-1] >= LARGEST_CUT:
+        raise ConfigError(
+            f"{where}: the cut points of {name} must rise from 0, each larger than the one before it and below {LARGEST_CUT}."
+        )
 
 
 def _lower_ends(name: str, cuts: list[float] | None, where: str) -> tuple[float, ...]:

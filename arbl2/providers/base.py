@@ -82,9 +82,7 @@ class Provider(ABC):
         self._book_ids = np.array(list(self.books.values()) or [0], np.int32)
         self._slots = np.zeros(max(16, 4 * len(names)), np.int64)
         for index in range(len(names)):
-            slot = instrument_hash(self._names, self._name_ends[index], self._name_ends[index + 1]) % len(
-                self._slots
-            )
+            slot = instrument_hash(self._names, self._name_ends[index], self._name_ends[index + 1]) % len(self._slots)
             while self._slots[slot]:
                 slot = (slot + 1) % len(self._slots)
             self._slots[slot] = index + 1
@@ -108,7 +106,7 @@ class Provider(ABC):
         rows = np.flatnonzero((block.venue == self.venue_code) & (block.kind == FrameKind.MESSAGE))
         u = updates
         if self._scanner:
-            type(self)._scan(  # noqa: SLF001
+            type(self)._scan(
                 block.data, block.offsets, rows, self._slots, self._names, self._name_ends, self._book_ids,
                 u.what, u.reason, u.book, u.exchange_ms, u.update_id, u.start, u.n_bid, u.n_ask, u.px_e8, u.qty_e8, u.cursor,
             )  # fmt: skip

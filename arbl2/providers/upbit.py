@@ -67,9 +67,7 @@ class UpbitL2Provider(Provider):
     def read(self, payload: bytes) -> Reading:
         """Decode one message strictly. Raises RefusedError for bad input."""
         if payload[:1] == b"[":
-            return Reading(
-                Reason.OTHER_MESSAGE
-            )  # list formats carry several books a frame; arbl2 does not subscribe to them
+            return Reading(Reason.OTHER_MESSAGE)  # list formats carry several books a frame; arbl2 does not subscribe to them
         members = read_object(payload)
         if "error" in members:
             return Reading(Reason.VENUE_ERROR)
@@ -98,12 +96,10 @@ class UpbitL2Provider(Provider):
             instrument=code,
             exchange_ms=read_count(_member(members, "timestamp"), code),
             bids=tuple(
-                (_number(_member(u, "bid_price"), code, exact=True), _number(_member(u, "bid_size"), code))
-                for u in units
+                (_number(_member(u, "bid_price"), code, exact=True), _number(_member(u, "bid_size"), code)) for u in units
             ),
             asks=tuple(
-                (_number(_member(u, "ask_price"), code, exact=True), _number(_member(u, "ask_size"), code))
-                for u in units
+                (_number(_member(u, "ask_price"), code, exact=True), _number(_member(u, "ask_size"), code)) for u in units
             ),
             total_bid_e8=-1 if None in totals else _number(totals[0], code),
             total_ask_e8=-1 if None in totals else _number(totals[1], code),

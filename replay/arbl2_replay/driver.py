@@ -6,11 +6,13 @@ memory, whatever the length of the tape.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,8 +28,7 @@ from arbl2_replay.kpi import Kpi
 from arbl2_replay.sinks import OUTCOME_SOURCE, RunSink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Generator, Iterator
 
     from arbl2.frames import FrameBlock
     from arbl2.policy import Policy
@@ -52,9 +53,16 @@ class RunResult:
     lateness: Lateness | None
     run_dir: Path | None
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = _fields(self)
+        values["run_dir"] = str(self.run_dir) if self.run_dir else None
+        values["lateness"] = dataclasses.asdict(self.lateness) if self.lateness else None
+        return values
+
 
 def replay(
-    tape: Path,
+    tape: Path | str,
     config: RunConfig | None = None,
     *,
     out: Path | None = None,
@@ -72,7 +80,7 @@ def replay(
     """
     config = config or RunConfig()
     pacer = Pacer(Speed.parse(speed) if isinstance(speed, str) else speed)
-    reader = TapeReader(tape)
+    reader = TapeReader(Path(tape))
     if check_hashes:
         reader.verify_hashes()
     blocks = read_ahead(reader)
@@ -137,7 +145,7 @@ def _chain(first: FrameBlock, rest: Iterator[FrameBlock]) -> Iterator[FrameBlock
     yield from rest
 
 
-def read_ahead(reader: TapeReader) -> Iterator[FrameBlock]:
+def read_ahead(reader: TapeReader) -> Generator[FrameBlock]:
     """The reader's blocks, with the next one read and unpacked while the caller works on the current one."""
     blocks = reader.blocks()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="arbl2-read") as pool:

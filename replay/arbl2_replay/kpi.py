@@ -99,7 +99,7 @@ class Kpi:
         totals = [row.pop("_pnl_krw") for row in symbols]
         bands = [row.pop("_band") for row in symbols]
         usdt = self._engine.ledger.krw_to_usdt
-        fx = {side: self._engine.aggregator.fx(side) for side in ("bid", "ask")}
+        fx = {side: self._engine.ledger.closing_rate(side) for side in ("bid", "ask")}
         total = None if None in totals else sum(totals)
         band = None if total is None or None in bands else (sum(b[0] for b in bands), sum(b[1] for b in bands))
         return {
@@ -111,13 +111,16 @@ class Kpi:
             "legs_partial": sum(leg.count(FillStatus.PARTIAL) for leg in self._legs.values()),
             "pnl_krw": _text(total, 2),
             "pnl_usdt": _text(None if total is None else usdt(total), 4),
-            "pnl_krw_band": None if band is None else {"pessimistic": _text(total + band[0], 2), "optimistic": _text(total + band[1], 2)},
+            "pnl_krw_band": None
+            if band is None
+            else {"pessimistic": _text(total + band[0], 2), "optimistic": _text(total + band[1], 2)},
             "marks": {
                 "coins": "closing Upbit book, surplus at the bid, shortage at the ask",
-                "fx": {side: str(quote) if quote else "none: KRW-USDT is not active at the end" for side, quote in fx.items()},
+                "fx": {side: str(quote) if quote else "none: no KRW-USDT book on the tape" for side, quote in fx.items()},
             },
             "balance_changes": {
-                venue: {name: _text(value, 8) for name, value in row.items()} for venue, row in self._engine.ledger.changes().items()
+                venue: {name: _text(value, 8) for name, value in row.items()}
+                for venue, row in self._engine.ledger.changes().items()
             },
         }
 

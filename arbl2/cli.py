@@ -1,0 +1,353 @@
+"""The command line: parse, one call, a table, an exit code. Parts are imported where they are used, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from arbl2.errors import Arbl2Error, ConfigError, VenueError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.console import RenderableType
+
+app = typer.Typer(
+    name="arbl2",
+    help="Record and replay Upbit and Binance order books so truthfully that a backtest can be trusted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 2 option or configuration, 3 tape or run, 4 venue, 5 disk or lock, 6 not supported by the data, "
+    "70 a defect of arbl2, 130 interrupted.",
+)
+
+TAPES = Path("tapes")
+RUNS = Path("runs")
+CALIBRATIONS = Path("calibrations")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML configuration; see docs/configuration.md.")]
+
+
+def main() -> None:
+    """Entry point: every error is a sentence and an exit code, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except Arbl2Error as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if os.environ.get("ARBL2_DEBUG"):
+            raise
+        _fail(
+            f"this is a defect of arbl2 ({type(error).__name__}: {error}). "
+            "Run again with ARBL2_DEBUG=1 for the details, and please report it.",
+            70,
+        )
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"arbl2: {message}", file=sys.stderr)  # noqa: T201
+    sys.exit(code)
+
+
+def _show(what: RenderableType) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # a table squeezed into the 80 columns of a pipe cannot be read
+    Console(width=max(console.width, 120)).print(what) if not console.is_terminal else console.print(what)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str))  # noqa: T201
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip().upper() for part in text.split(",") if part.strip()))
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, nothing in a pipe."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield update
+
+
+@app.command(epilog="Example: arbl2 record --symbols BTC,ETH,XRP --duration 60")
+def record(
+    symbols: Annotated[str, typer.Option("--symbols", "-s", help="Coins, comma separated.")] = "BTC,ETH,XRP",
+    venues: Annotated[
+        str, typer.Option(help="Venues, comma separated. KRW-USDT is added when both are recorded.")
+    ] = "upbit,binance",
+    duration: Annotated[float | None, typer.Option("--duration", "-d", help="Seconds; without it until Ctrl-C.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of recordings.")] = TAPES,
+    upbit_ws: Annotated[str | None, typer.Option(envvar="ARBL2_UPBIT_WS", help="Upbit WebSocket URL.")] = None,
+    upbit_rest: Annotated[str | None, typer.Option(envvar="ARBL2_UPBIT_REST", help="Upbit REST URL.")] = None,
+    binance_ws: Annotated[str | None, typer.Option(envvar="ARBL2_BINANCE_WS", help="Binance WebSocket URL (/stream).")] = None,
+    binance_rest: Annotated[str | None, typer.Option(envvar="ARBL2_BINANCE_REST", help="Binance REST URL.")] = None,
+    upbit_format: Annotated[str, typer.Option(help="DEFAULT or SIMPLE.")] = "DEFAULT",
+    upbit_units: Annotated[int, typer.Option(help="Levels a side on Upbit: 1, 5, 15 or 30.")] = 30,
+    binance_depth: Annotated[int, typer.Option(help="Levels a side on Binance: 5, 10 or 20.")] = 20,
+    flush_ms: Annotated[int, typer.Option(help="What a kill may cost at most.")] = 250,
+    as_json: Json = False,
+) -> None:
+    """Record the raw order book messages of Upbit and Binance, byte for byte, until Ctrl-C or for --duration seconds."""
+    from arbl2_recorder import RecordConfig
+
+    config = RecordConfig(
+        out=out,
+        venues=tuple(name.lower() for name in _names(venues)),
+        symbols=_names(symbols),
+        duration_s=duration,
+        endpoints=_endpoints(upbit_ws=upbit_ws, upbit_rest=upbit_rest, binance_ws=binance_ws, binance_rest=binance_rest),
+        upbit_format=upbit_format.upper(),
+        upbit_units=upbit_units,
+        binance_depth=binance_depth,
+        flush_ms=flush_ms,
+    )
+    _record(config, as_json=as_json)
+
+
+def _endpoints(**urls: str | None) -> Any:
+    from arbl2_recorder import Endpoints
+
+    return Endpoints(**{name: url for name, url in urls.items() if url})
+
+
+def _record(config: Any, *, as_json: bool) -> Any:
+    from arbl2_recorder import LiveView, record, result_report
+
+    with LiveView() as view:
+        result = record(config, on_status=view.update)
+    if as_json:
+        _print_json({name: getattr(result, name) for name in result.__slots__})
+    else:
+        _show(result_report(result))
+    return result
+
+
+@app.command(epilog="Example: arbl2 recover tapes")
+def recover(
+    root: Annotated[Path, typer.Argument(help="Folder of recordings.")] = TAPES,
+    as_json: Json = False,
+) -> None:
+    """Restore what a killed recorder left in its log. `arbl2 record` does the same when it starts."""
+    from arbl2_recorder import recover as restore
+    from arbl2_recorder import recovery_report
+
+    reports = restore(root)
+    if as_json:
+        _print_json([{name: getattr(report, name) for name in report.__slots__} for report in reports])
+    else:
+        _show(recovery_report(reports))
+
+
+@app.command(epilog="Example: arbl2 replay --speed 10x tapes/20260102T000000Z-1a2b")
+def replay(
+    tape: Annotated[
+        Path | None, typer.Argument(help="Session folder, or a folder of them; default: the newest recording.")
+    ] = None,
+    speed: Annotated[str, typer.Option("--speed", "-x", help="1x, 10x, 0.5x or max.")] = "max",
+    config: ConfigFile = None,
+    symbols: Annotated[str | None, typer.Option("--symbols", "-s", help="Coins to trade; default: all on both venues.")] = None,
+    entry_bps: Annotated[float | None, typer.Option(help="Enter when the gross edge is at least this.")] = None,
+    tp_bps: Annotated[float | None, typer.Option(help="Close when entry threshold + edge back reach this.")] = None,
+    size_krw: Annotated[str | None, typer.Option(help="Size of one entry in KRW.")] = None,
+    max_position_krw: Annotated[str | None, typer.Option(help="Largest position of a symbol in KRW.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of runs.")] = RUNS,
+    tapes: Annotated[Path, typer.Option(help="Where to look for the newest recording.")] = TAPES,
+    as_json: Json = False,
+) -> None:
+    """Replay a recording through books, aggregator, policy and paper executor; write decisions, fills and key figures."""
+    from arbl2.tape import find_session
+
+    run_config = _run_config(
+        config, symbols, entry_bps=entry_bps, tp_bps=tp_bps, size_krw=size_krw, max_position_krw=max_position_krw
+    )
+    _replay(find_session(tape, tapes), run_config, speed=speed, out=out, as_json=as_json)
+
+
+def _run_config(path: Path | None, symbols: str | None, **policy: float | str | None) -> Any:
+    import msgspec
+
+    from arbl2.config import RunConfig, checked, load
+
+    config = load(path) if path is not None else RunConfig()
+    given = {name: value for name, value in policy.items() if value is not None}
+    config = msgspec.structs.replace(config, policy=msgspec.structs.replace(config.policy, **given))
+    if symbols is not None:
+        config = msgspec.structs.replace(config, symbols=_names(symbols))
+    return checked(config)
+
+
+def _replay(tape: Path, config: Any, *, speed: str, out: Path, as_json: bool) -> Any:
+    from arbl2_replay import replay as run
+    from arbl2_replay.report import run_report
+
+    with _progress("replay") as progress:
+        result = run(tape, config, out=out, speed=speed, on_progress=progress)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        _show(run_report(result))
+    return result
+
+
+@app.command(epilog="Example: arbl2 calibrate runs/*")
+def calibrate(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders; default: the newest run.")] = None,
+    zones: Annotated[Path | None, typer.Option(help="TOML table of zones; default: the built-in one.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Keep the DuckDB database in this file.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for calibration.json and the block sums.")] = CALIBRATIONS,
+    as_json: Json = False,
+) -> None:
+    """Estimate fill survival and slippage by zone from the fill events of runs; say unknown where the data does not tell."""
+    _calibrate(list(runs) if runs else [_newest_run()], out=out, zones=zones, store=store, as_json=as_json)
+
+
+def _newest_run() -> Path:
+    found = sorted(RUNS.glob("*/run.json"), key=lambda path: path.stat().st_mtime_ns)
+    if not found:
+        raise ConfigError("there is no run below runs/. `arbl2 replay` makes one.")
+    return found[-1].parent
+
+
+def _calibrate(runs: list[Path], *, out: Path, zones: Path | None, store: Path | None, as_json: bool) -> None:
+    from arbl2_calibration import calibrate as fit
+    from arbl2_calibration import calibration_report
+
+    result = fit(runs, out=out, zones=zones, store=store)
+    if as_json:
+        _print_json(result.to_json())
+    else:
+        _show(calibration_report(result))
+
+
+@app.command("import", epilog="Example: arbl2 import capture.txt.gz --out tapes")
+def import_(
+    source: Annotated[Path, typer.Argument(help="hftbacktest lines (`recv_ns SPACE json`, plain or .gz) or Upbit JSONL.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of recordings.")] = TAPES,
+    session: Annotated[
+        str | None, typer.Option(help="Name of the session; default: from the first stamp and the file's name.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a foreign capture into a tape, payload bytes unchanged."""
+    from arbl2_replay.importer import import_capture
+
+    result = import_capture(source, out, session=session)
+    if as_json:
+        _print_json({name: getattr(result, name) for name in result.__slots__})
+        return
+    from rich.text import Text
+
+    counts = ", ".join(f"{kind} {n:,}" for kind, n in sorted(result.counts.items()))
+    lines = [f"{result.frames:,} frames -> {result.path}", counts, *result.notes, f"next: arbl2 replay {result.path}"]
+    _show(Text("\n".join(lines)))
+
+
+@app.command(epilog="Example: arbl2 serve --port 8765, then arbl2 record --upbit-ws ws://127.0.0.1:8765/websocket/v1 ...")
+def serve(
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic market.")] = 1,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the default is reachable from this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 = any free port.")] = 0,
+    speed: Annotated[float, typer.Option(help="Market seconds per second.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Play a seeded synthetic market over Upbit's and Binance's own protocols, on loopback, until Ctrl-C."""
+    from arbl2_replay.server import run_server
+    from arbl2_replay.synth import SynthConfig
+
+    def ready(server: Any) -> None:
+        urls = {name: getattr(server, f"{name}_url") for name in ("upbit_ws", "upbit_rest", "binance_ws", "binance_rest")}
+        if as_json:
+            _print_json(urls)
+            sys.stdout.flush()
+            return
+        from rich.text import Text
+
+        lines = ["record from it with these settings:", *(f"  export ARBL2_{name.upper()}={url}" for name, url in urls.items())]
+        _show(Text("\n".join(lines)))
+
+    run_server(SynthConfig(seed=seed, duration_s=86_400.0), host=host, port=port, speed=speed, ready=ready)
+
+
+@app.command(epilog="Example: arbl2 demo --seconds 20")
+def demo(
+    seconds: Annotated[float, typer.Option(help="How long to record.")] = 20.0,
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic market.")] = 1,
+    folder: Annotated[Path, typer.Option(help="Where to put tape, run and calibration.")] = Path("demo"),
+) -> None:
+    """The whole way without network: a local exchange server, recorded, replayed and calibrated."""
+    from rich.text import Text
+
+    from arbl2.config import RunConfig
+    from arbl2_recorder import RecordConfig
+
+    with _exchange(seed) as urls:
+        _show(
+            Text(
+                f"\n1. arbl2 record: {seconds:g} s of BTC, ETH, XRP and KRW-USDT from the local exchange server",
+                style="bold cyan",
+            )
+        )
+        recording = _record(
+            RecordConfig(out=folder / "tapes", duration_s=seconds, endpoints=_endpoints(**urls)),
+            as_json=False,
+        )
+    _show(Text("\n2. arbl2 replay: the recording at full speed with the threshold policy", style="bold cyan"))
+    run = _replay(recording.path, RunConfig(), speed="max", out=folder / "runs", as_json=False)
+    _show(Text("\n3. arbl2 calibrate: zones from the fill events", style="bold cyan"))
+    _calibrate([run.run_dir], out=folder / "calibrations", zones=None, store=None, as_json=False)
+    _show(
+        Text(
+            "\nWhat to try next\n"
+            f"  arbl2 replay --tapes {folder}/tapes --speed 10x                the same recording, paced: the same digest\n"
+            f"  arbl2 replay --tapes {folder}/tapes --entry-bps 10 --tp-bps 20  another policy on the same books\n"
+            "  arbl2 record --symbols BTC,ETH,XRP                        the real venues, until Ctrl-C\n"
+            f"  duckdb -c \"FROM '{recording.path}/segments/*.parquet' LIMIT 5\"   the raw messages in plain SQL\n"
+        )
+    )
+
+
+@contextmanager
+def _exchange(seed: int) -> Iterator[dict[str, str]]:
+    """The local exchange server in a process of its own; yields its URLs."""
+    command = [sys.executable, "-m", "arbl2", "serve", "--seed", str(seed), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+        try:
+            line = process.stdout.readline() if process.stdout else ""
+            if not line:
+                problem = process.stderr.read().strip() if process.stderr else ""
+                raise VenueError(f"the local exchange server did not start: {problem or 'it said nothing'}")
+            yield json.loads(line)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate()

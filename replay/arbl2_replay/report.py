@@ -1,0 +1,146 @@
+"""What a replay looks like to a person: tables for the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from arbl2.updates import Reason
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from arbl2_replay.driver import RunResult
+
+_LABELS = {reason.label: reason for reason in Reason}
+
+
+def run_report(result: RunResult) -> RenderableType:
+    """Everything a replay found, ready to print."""
+    parts: list[RenderableType] = [_headline(result)]
+    if result.kpi["symbols"]:
+        parts += [_trades(result.kpi), _money(result.kpi), _notes(result.kpi)]
+    else:
+        parts += [_books(result), Text("No coin was recorded on both venues, so there was nothing to trade.", style="dim")]
+    parts.append(_messages(result))
+    if result.lateness is not None:
+        late = result.lateness
+        parts.append(
+            Text(
+                f"pacing: {late.frames:,} frames, late by {late.p50_ms:.2f} ms (median), {late.p99_ms:.2f} ms (p99), "
+                f"{late.max_ms:.2f} ms (max)"
+            )
+        )
+    parts.append(Text(f"digest  {result.digest}"))
+    if result.run_dir is not None:
+        parts.append(Text(f"run     {result.run_dir}"))
+    return Group(*parts)
+
+
+def _headline(result: RunResult) -> Text:
+    rate = result.frames / result.elapsed_s if result.elapsed_s else 0.0
+    return Text(
+        f"{result.session}: {result.frames:,} frames over {result.tape_s:,.1f} s of tape, "
+        f"replayed in {result.elapsed_s:.2f} s ({rate:,.0f} frames/s)",
+        style="bold",
+    )
+
+
+def _trades(kpi: dict[str, Any]) -> Table:
+    table = Table(title="Decisions and fills", title_justify="left")
+    table.add_column("symbol")
+    table.add_column("venue")
+    for name in ("entries", "exits", "legs", "filled", "partial", "unfilled", "no book", "fill ratio", "slippage bps"):
+        table.add_column(name, justify="right")
+    for row in kpi["symbols"]:
+        for k, (venue, legs) in enumerate(row["venues"].items()):
+            decisions = row["decisions"]
+            table.add_row(
+                row["symbol"] if k == 0 else "",
+                venue,
+                str(decisions["entries"]) if k == 0 else "",
+                str(decisions["exits"]) if k == 0 else "",
+                str(legs["legs"]),
+                str(legs["filled"]),
+                str(legs["partial"]),
+                str(legs["unfilled"]),
+                str(legs["no_book"] + legs["in_flight"]),
+                "-" if legs["fill_ratio"] is None else f"{legs['fill_ratio']:.1%}",
+                "-" if legs["slippage_bps"] is None else f"{legs['slippage_bps']:+.2f}",
+                end_section=k == 1,
+            )
+    return table
+
+
+def _money(kpi: dict[str, Any]) -> Table:
+    table = Table(title="Money (each account in its own currency; totals marked at the closing books)", title_justify="left")
+    table.add_column("symbol")
+    for name in ("fees KRW", "fees USDT", "fees coin", "change KRW", "change USDT", "change coin", "PnL in KRW", "PnL in USDT"):
+        table.add_column(name, justify="right")
+    for row in kpi["symbols"]:
+        name, pnl = row["symbol"], row["pnl"]
+        upbit, binance = row["venues"]["upbit"]["fees"], row["venues"]["binance"]["fees"]
+        table.add_row(
+            name,
+            _number(upbit["KRW"], 0),
+            _number(binance["USDT"], 2),
+            _number(binance[name], 6),
+            _number(pnl["krw"], 0),
+            _number(pnl["usdt"], 2),
+            _number(pnl[name], 6),
+            _number(pnl["total_krw"], 0),
+            _number(pnl["total_usdt"], 2),
+        )
+    table.add_section()
+    table.add_row("all", *[""] * 6, _number(kpi["pnl_krw"], 0), _number(kpi["pnl_usdt"], 2), style="bold")
+    return table
+
+
+def _notes(kpi: dict[str, Any]) -> Text:
+    lines = []
+    band = kpi["pnl_krw_band"]
+    if band is not None:
+        lines.append(
+            f"PnL band in KRW, by the book before and after each arrival: {_number(band['pessimistic'], 0)} pessimistic, "
+            f"{_number(kpi['pnl_krw'], 0)} expected, {_number(band['optimistic'], 0)} optimistic"
+        )
+    lines.append(
+        f"coins marked at the {kpi['marks']['coins']}; USDT at {kpi['marks']['fx']['bid']} / {kpi['marks']['fx']['ask']}"
+    )
+    if kpi["refused_asks"]:
+        lines.append("refused asks: " + ", ".join(f"{reason} {count:,}" for reason, count in kpi["refused_asks"].items()))
+    return Text("\n".join(lines))
+
+
+def _books(result: RunResult) -> Table:
+    table = Table(title="Books", title_justify="left")
+    for name in ("venue", "instrument", "updates", "median gap ms", "best bid", "best ask"):
+        table.add_column(name, justify="left" if name in ("venue", "instrument") else "right")
+    for book in result.books:
+        if book["updates"]:
+            table.add_row(
+                str(book["venue"]),
+                str(book["instrument"]),
+                f"{book['updates']:,}",
+                f"{int(book['gap_median_ns']) / 1e6:,.0f}" if book["gap_median_ns"] else "-",
+                *(f"{int(book[side]) / 1e8:,.8f}".rstrip("0").rstrip(".") for side in ("best_bid_e8", "best_ask_e8")),
+            )
+    return table
+
+
+def _messages(result: RunResult) -> Text:
+    lines = []
+    for venue, counts in result.reasons.items():
+        usual = {name: n for name, n in counts.items() if not _LABELS[name].is_refusal}
+        refused = {name: n for name, n in counts.items() if _LABELS[name].is_refusal}
+        lines.append(f"{venue if venue != '-' else 'recorder'}: " + ", ".join(f"{name} {n:,}" for name, n in usual.items()))
+        if refused:
+            lines.append("  refused, kept on the tape: " + ", ".join(f"{name} {n:,}" for name, n in refused.items()))
+    return Text("\n".join(lines), style="dim")
+
+
+def _number(text: str | None, decimals: int) -> str:
+    return "unknown" if text is None else f"{float(text):,.{decimals}f}"
