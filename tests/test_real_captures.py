@@ -1,0 +1,96 @@
+"""The main job on real captures: import, replay, and an independent reading of the same lines."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from arbl2.tape import TapeReader
+from arbl2_replay import replay
+from arbl2_replay.importer import import_capture
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+UPBIT = DATA / "upbit_frames_first10s.jsonl"
+BINANCE = DATA / "binance_spot_btcusdt_first30s.txt.gz"
+DEPTH20 = DATA / "binance_spot_btcusdt_depth20_first60s.txt.gz"
+
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the real captures are not here (../shared/data)")
+
+
+def _import(source, tmp_path):
+    return import_capture(source, tmp_path / "tapes").path
+
+
+def _lines(source):
+    with gzip.open(source, "rb") as file:
+        return [line.rstrip(b"\n").split(b" ", 1) for line in file]
+
+
+def _e8(text):
+    return int(Decimal(text) * 10**8)
+
+
+def test_upbit_all_46_books(tmp_path):
+    tape = _import(UPBIT, tmp_path)
+    result = replay(tape)
+    assert result.reasons["upbit"] == {"book": 46, "trade": 76, "opened": 1, "sent": 1}
+    rows = [json.loads(line, parse_float=str, parse_int=str) for line in UPBIT.read_text().splitlines()]
+    books = [json.loads(row["raw"], parse_float=Decimal) for row in rows if row["kind"] == "recv" and '"orderbook"' in row["raw"]]
+    last = {book["cd"]: book["obu"] for book in books}
+    updates = Counter(book["cd"] for book in books)
+    seen = {book["instrument"]: book for book in result.books if book["updates"]}
+    assert seen.keys() == last.keys()
+    for code, units in last.items():
+        assert seen[code]["updates"] == updates[code]
+        assert seen[code]["best_bid_e8"] == _e8(units[0]["bp"])
+        assert seen[code]["best_ask_e8"] == _e8(units[0]["ap"])
+    payloads = [frame.payload for frame in TapeReader(tape).frames() if frame.kind.name == "MESSAGE"]
+    assert payloads == [row["raw"].encode() for row in rows if row["kind"] == "recv"]
+    assert {replay(tape, block_rows=rows).digest for rows in (None, 1, 13)} == {result.digest}
+
+
+def test_binance_all_600_partial_depths(tmp_path):
+    tape = _import(DEPTH20, tmp_path)
+    result = replay(tape)
+    assert result.reasons == {"binance": {"book": 600}}
+    lines = _lines(DEPTH20)
+    data = json.loads(lines[-1][1])["data"]
+    (book,) = result.books
+    assert book["updates"] == 600
+    assert (book["best_bid_e8"], book["best_ask_e8"]) == (_e8(data["bids"][0][0]), _e8(data["asks"][0][0]))
+    assert [frame.payload for frame in TapeReader(tape).frames()] == [payload for _, payload in lines]
+    assert replay(tape, scanner=False).digest == result.digest
+
+
+def test_top_of_book_after_every_frame(tmp_path):
+    """The engine's book after each of the 600 frames, against a decode with json and Decimal."""
+    from arbl2.config import RunConfig
+    from arbl2.engine import Engine
+
+    reader = TapeReader(_import(DEPTH20, tmp_path))
+    engine = Engine(reader.manifest.instruments, RunConfig())
+    compared = 0
+    for block in reader.blocks():
+        for i in range(len(block)):
+            engine.feed(block.slice(i, i + 1))
+            data = json.loads(block.payload(i))["data"]
+            for side, name in enumerate(("bids", "asks")):
+                n = engine.state.books[0]["n"][side]
+                levels = list(zip(engine.state.px[0, side, :n].tolist(), engine.state.qty[0, side, :n].tolist(), strict=True))
+                assert levels == [(_e8(price), _e8(size)) for price, size in data[name]]
+                compared += 1
+    assert compared == 1_200
+
+
+def test_messages_that_are_no_books_are_counted_by_kind(tmp_path):
+    tape = _import(BINANCE, tmp_path)
+    result = replay(tape)
+    assert result.reasons == {"binance": {"diff": 299, "book_ticker": 2_432, "trade": 547, "rest": 1}}
+    assert result.frames == 3_279
+    assert [frame.payload for frame in TapeReader(tape).frames()] == [payload for _, payload in _lines(BINANCE)]
+    assert replay(tape, block_rows=100).digest == result.digest
