@@ -13,7 +13,7 @@ from arbl2.events import DECISION_DTYPE, FILL_DTYPE
 from arbl2.frames import BINANCE, UPBIT, VENUES, ExchangeId
 from arbl2.kernels import BOOK_STATE, CONFIG, COUNTERS, EATEN_CAP, GAP_BUCKETS, PAIR_STATE, VIEW
 from arbl2.providers import PROVIDERS
-from arbl2.rules import pair_rules
+from arbl2.rules import binance_rules, pair_rules
 from arbl2.updates import MAX_LEVELS
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ class State:
         self.opening = self.balance.copy()
 
     @classmethod
-    def build(cls, universe: Universe, config: RunConfig, recorded: Mapping[str, BinanceRules]) -> State:
-        """Fresh state: empty books, opening balances. Raises ConfigError for a missing rule."""
+    def build(cls, universe: Universe, config: RunConfig) -> State:
+        """Fresh state: empty books, opening balances, the rules that the configuration or arbl2 knows. Raises ConfigError."""
         n, p = len(universe.instruments), len(universe.symbols)
         books = np.zeros(max(n, 1), BOOK_STATE)
         books["pair"] = -1
@@ -125,18 +125,15 @@ class State:
         balance[BINANCE, 0] = amount_e8("paper.binance_usdt", config.paper.binance_usdt)
         flat = _flat_config(universe, config)
         for k, symbol in enumerate(universe.symbols):
-            rules = pair_rules(symbol, config.rules, recorded)
             row = pairs[k]
             row["upbit_book"], row["binance_book"] = universe.upbit_books[k], universe.binance_books[k]
-            row["lot_e8"] = rules.lot_e8
-            row["min_notional_e8"][UPBIT] = rules.upbit_min_notional_e8
-            row["min_notional_e8"][BINANCE] = rules.binance_min_notional_e8
             row["size_krw_e8"] = amount_e8("policy.size_krw", config.policy.size_krw)
             row["max_position_krw_e8"] = amount_e8("policy.max_position_krw", config.policy.max_position_krw)
             row["entry_bps"] = config.policy.entry_bps
             row["exit_bps"] = config.policy.tp_bps - config.policy.entry_bps
             balance[UPBIT, 1 + k], balance[BINANCE, 1 + k] = starting_coins_e8(config.paper, symbol)
             books[universe.upbit_books[k]]["pair"] = books[universe.binance_books[k]]["pair"] = k
+        set_rules(pairs, universe, config, {})
         counters = np.zeros(1, COUNTERS)
         counters["next_due_ns"] = 2**62
         return cls(
@@ -159,6 +156,21 @@ class State:
             view=np.zeros(1, VIEW),
             ask=np.zeros(4, np.int64),
         )
+
+
+def set_rules(pairs: NDArray[Any], universe: Universe, config: RunConfig, recorded: Mapping[str, BinanceRules]) -> None:
+    """Write the order rules of every pair that has some: configuration first, then ``recorded``, then built in.
+
+    A pair without rules keeps a lot of 0 and is not traded until the tape brings them (Binance's exchangeInfo).
+    """
+    for k, symbol in enumerate(universe.symbols):
+        override = config.rules.get(symbol)
+        known = f"{symbol}USDT" in recorded or binance_rules(f"{symbol}USDT") is not None
+        if known or (override is not None and override.lot is not None):
+            rules = pair_rules(symbol, config.rules, recorded)
+            pairs[k]["lot_e8"] = rules.lot_e8
+            pairs[k]["min_notional_e8"][UPBIT] = rules.upbit_min_notional_e8
+            pairs[k]["min_notional_e8"][BINANCE] = rules.binance_min_notional_e8
 
 
 def _flat_config(universe: Universe, config: RunConfig) -> NDArray[Any]:

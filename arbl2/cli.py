@@ -140,10 +140,11 @@ def _endpoints(**urls: str | None) -> Any:
 
 
 def _record(config: Any, *, as_json: bool) -> Any:
-    from arbl2_recorder import LiveView, record, result_report
+    from arbl2_recorder import LiveView, record
+    from arbl2_recorder.report import result_report
 
     with LiveView() as view:
-        result = record(config, on_status=view.update)
+        result = record(config, on_status=view)
     if as_json:
         _print_json({name: getattr(result, name) for name in result.__slots__})
     else:
@@ -158,7 +159,7 @@ def recover(
 ) -> None:
     """Restore what a killed recorder left in its log. `arbl2 record` does the same when it starts."""
     from arbl2_recorder import recover as restore
-    from arbl2_recorder import recovery_report
+    from arbl2_recorder.report import recovery_report
 
     reports = restore(root)
     if as_json:
@@ -238,14 +239,17 @@ def _newest_run() -> Path:
 
 
 def _calibrate(runs: list[Path], *, out: Path, zones: Path | None, store: Path | None, as_json: bool) -> None:
+    from rich.text import Text
+
     from arbl2_calibration import calibrate as fit
-    from arbl2_calibration import calibration_report
+    from arbl2_calibration import limits_text, zone_table
 
     result = fit(runs, out=out, zones=zones, store=store)
     if as_json:
-        _print_json(result.to_json())
-    else:
-        _show(calibration_report(result))
+        print(result.path.read_text())  # noqa: T201
+        return
+    _show(zone_table(result.table))
+    _show(Text(f"{limits_text(result.table)}\n\ncalibration {result.path}"))
 
 
 @app.command("import", epilog="Example: arbl2 import capture.txt.gz --out tapes")
@@ -279,6 +283,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 = any free port.")] = 0,
     speed: Annotated[float, typer.Option(help="Market seconds per second.")] = 1.0,
+    gap_every: Annotated[float, typer.Option(help="Mean seconds between gaps of one coin's prices across the venues.")] = 14.0,
     as_json: Json = False,
 ) -> None:
     """Play a seeded synthetic market over Upbit's and Binance's own protocols, on loopback, until Ctrl-C."""
@@ -296,7 +301,9 @@ def serve(
         lines = ["record from it with these settings:", *(f"  export ARBL2_{name.upper()}={url}" for name, url in urls.items())]
         _show(Text("\n".join(lines)))
 
-    run_server(SynthConfig(seed=seed, duration_s=86_400.0), host=host, port=port, speed=speed, ready=ready)
+    run_server(
+        SynthConfig(seed=seed, duration_s=86_400.0, excursion_every_s=gap_every), host=host, port=port, speed=speed, ready=ready
+    )
 
 
 @app.command(epilog="Example: arbl2 demo --seconds 20")
@@ -308,9 +315,11 @@ def demo(
     """The whole way without network: a local exchange server, recorded, replayed and calibrated."""
     from rich.text import Text
 
-    from arbl2.config import RunConfig
+    from arbl2.config import PolicyConfig, RunConfig
     from arbl2_recorder import RecordConfig
 
+    # larger than most of what is displayed at the best price, so that partial fills and leg risk show
+    policy = PolicyConfig(size_krw="20000000", max_position_krw="60000000")
     with _exchange(seed) as urls:
         _show(
             Text(
@@ -323,7 +332,7 @@ def demo(
             as_json=False,
         )
     _show(Text("\n2. arbl2 replay: the recording at full speed with the threshold policy", style="bold cyan"))
-    run = _replay(recording.path, RunConfig(), speed="max", out=folder / "runs", as_json=False)
+    run = _replay(recording.path, RunConfig(policy=policy), speed="max", out=folder / "runs", as_json=False)
     _show(Text("\n3. arbl2 calibrate: zones from the fill events", style="bold cyan"))
     _calibrate([run.run_dir], out=folder / "calibrations", zones=None, store=None, as_json=False)
     _show(
@@ -332,7 +341,7 @@ def demo(
             f"  arbl2 replay --tapes {folder}/tapes --speed 10x                the same recording, paced: the same digest\n"
             f"  arbl2 replay --tapes {folder}/tapes --entry-bps 10 --tp-bps 20  another policy on the same books\n"
             "  arbl2 record --symbols BTC,ETH,XRP                        the real venues, until Ctrl-C\n"
-            f"  duckdb -c \"FROM '{recording.path}/segments/*.parquet' LIMIT 5\"   the raw messages in plain SQL\n"
+            f"  duckdb -c \"FROM '{recording.path}/segments/*.parquet'\"   the raw messages in plain SQL\n"
         )
     )
 
@@ -340,7 +349,8 @@ def demo(
 @contextmanager
 def _exchange(seed: int) -> Iterator[dict[str, str]]:
     """The local exchange server in a process of its own; yields its URLs."""
-    command = [sys.executable, "-m", "arbl2", "serve", "--seed", str(seed), "--json"]
+    # a gap every few seconds, so that 20 s have something to show
+    command = [sys.executable, "-m", "arbl2", "serve", "--seed", str(seed), "--gap-every", "4", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
         try:
             line = process.stdout.readline() if process.stdout else ""

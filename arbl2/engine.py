@@ -7,6 +7,7 @@ blocks changes nothing: a test holds it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,15 @@ import numpy as np
 
 from arbl2 import kernels
 from arbl2.aggregator import MultiExchangeL2Aggregator
-from arbl2.book import State, Universe
+from arbl2.book import State, Universe, set_rules
 from arbl2.digest import RunDigest
+from arbl2.errors import TapeError
 from arbl2.events import DECISION_DTYPE, FILL_DTYPE, FillStatus, Outcome
-from arbl2.frames import VENUES, ExchangeId, FrameBlock, FrameKind
+from arbl2.frames import BINANCE, VENUES, ExchangeId, FrameBlock, FrameKind
 from arbl2.ledger import Ledger
 from arbl2.policy import Ask, Policy, ThresholdPolicy, View
 from arbl2.providers import PROVIDERS
+from arbl2.rules import BinanceRules, binance_rules_from_exchange_info
 from arbl2.updates import Reason, UpdateBlock, What
 
 if TYPE_CHECKING:
@@ -29,7 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from arbl2.config import RunConfig
-    from arbl2.rules import BinanceRules
+
+_LOG = logging.getLogger("arbl2.engine")
 
 MAX_BLOCK = 2_048
 """Frames taken through the loop at once: their levels stay in the processor's cache."""
@@ -54,7 +58,7 @@ class Events:
 
 
 class Engine:
-    """One run. ``instruments`` names what the tape holds by venue; ``recorded_rules`` are order rules read from the tape.
+    """One run. ``instruments`` names what the tape holds by venue.
 
     ``policy`` is the compiled threshold policy of the configuration unless a Python policy is given. ``scanner=False`` decodes
     every message with the strict library decoder (slow; the result is the same).
@@ -66,12 +70,11 @@ class Engine:
         config: RunConfig,
         *,
         policy: Policy | None = None,
-        recorded_rules: Mapping[str, BinanceRules] | None = None,
         scanner: bool = True,
     ) -> None:
         self.config = config
         self.universe = Universe.of(instruments, config.symbols)
-        self.state = State.build(self.universe, config, recorded_rules or {})
+        self.state = State.build(self.universe, config)
         self.aggregator = MultiExchangeL2Aggregator(self.universe, self.state)
         self.ledger = Ledger(self.universe, self.state)
         self.policy: Policy | ThresholdPolicy = policy or ThresholdPolicy(config.policy)
@@ -84,6 +87,7 @@ class Engine:
         self._kind_reason = np.zeros(16, np.uint8)
         for kind, reason in _KIND_REASONS.items():
             self._kind_reason[kind] = reason
+        self._recorded_rules: dict[str, BinanceRules] = {}
         self.frames = 0
         self.finished = False
 
@@ -105,15 +109,37 @@ class Engine:
         for provider in self._providers:
             provider.decode(block, u)
         first = 0
-        while first < n:
-            first = self._run(block, first, n)
+        for stop in [*self._rule_rows(block), n]:
+            self._run_rows(block, first, stop)
+            if stop < n:
+                self._read_rules(block.payload(stop))
+            first = stop
+        self._reasons += np.bincount(block.venue * 64 + u.reason[:n].astype(np.int64), minlength=64 * len(VENUES)).reshape(-1, 64)
+        self.frames += n
+
+    def _run_rows(self, block: FrameBlock, first: int, last: int) -> None:
+        u = self._updates
+        while first < last:
+            first = self._run(block, first, last)
             counters = self.state.counters[0]
             if not isinstance(self.policy, ThresholdPolicy):
                 self._ask_policy(self.policy, u, first - 1, int(block.seq[first - 1]))
             if counters["decisions"] or counters["fills"]:
                 self._collect()
-        self._reasons += np.bincount(block.venue * 64 + u.reason[:n].astype(np.int64), minlength=64 * len(VENUES)).reshape(-1, 64)
-        self.frames += n
+
+    def _rule_rows(self, block: FrameBlock) -> list[int]:
+        """Frames that hold a body of Binance's exchangeInfo: order rules that count from there on."""
+        rows = np.flatnonzero((block.kind == FrameKind.RESPONSE) & (block.venue == BINANCE)).tolist()
+        return [row for row in rows if b'"symbols"' in block.payload(row)]
+
+    def _read_rules(self, body: bytes) -> None:
+        try:
+            recorded = binance_rules_from_exchange_info(body)
+        except TapeError as error:
+            _LOG.warning("a recorded exchangeInfo is left out: %s", error)
+            return
+        self._recorded_rules.update(recorded)
+        set_rules(self.state.pairs, self.universe, self.config, self._recorded_rules)
 
     def _run(self, block: FrameBlock, first: int, last: int) -> int:
         s, u = self.state, self._updates
@@ -259,6 +285,7 @@ class Engine:
             "frames": self.frames,
             "reasons": self.reasons(),
             "refusals": self.refusals(),
+            "lots": s.pairs["lot_e8"].tolist(),
             "balance": s.balance.tolist(),
             "books": [[int(b["updates"]), int(b["checksum"])] for b in s.books],
         }

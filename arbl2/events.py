@@ -46,6 +46,7 @@ class Outcome(IntEnum):
     NO_BALANCE = 2  # a venue lacks the currency to pay or the coin to sell
     OVERFLOW = 3  # an amount does not fit in 64 bits
     ORDERS_FULL = 4  # too many orders wait to be resolved
+    NO_RULES = 5  # lot and smallest order of the coin are not known
 
 
 class FillStatus(IntEnum):

@@ -55,7 +55,7 @@ PAIR_STATE = np.dtype(
     [
         ("upbit_book", "<i8"),
         ("binance_book", "<i8"),
-        ("lot_e8", "<i8"),
+        ("lot_e8", "<i8"),  # 0: rules unknown, not traded
         ("min_notional_e8", "<i8", (3,)),  # by venue code
         ("size_krw_e8", "<i8"),
         ("max_position_krw_e8", "<i8"),
@@ -138,6 +138,7 @@ _MIN_NOTIONAL = int(Outcome.MIN_NOTIONAL)
 _NO_BALANCE = int(Outcome.NO_BALANCE)
 _OVERFLOW = int(Outcome.OVERFLOW)
 _ORDERS_FULL = int(Outcome.ORDERS_FULL)
+_NO_RULES = int(Outcome.NO_RULES)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -586,9 +587,9 @@ def threshold(pairs: Rows, pair: int, view: Rows, ask: Ints) -> bool:
     p = pairs[pair]
     size = size_for_e8(p["size_krw_e8"], v["upbit_ask_e8"] if v["upbit_ask_e8"] > 0 else v["upbit_bid_e8"])
     most = size_for_e8(p["max_position_krw_e8"], v["upbit_ask_e8"] if v["upbit_ask_e8"] > 0 else v["upbit_bid_e8"])
-    if size <= 0 or most <= 0:
-        return False
     lot = p["lot_e8"]
+    if size <= 0 or most <= 0 or lot == 0:
+        return False
     size -= size % lot
     held_upbit = p["position_e8"][UPBIT]
     held_binance = p["position_e8"][BINANCE]
@@ -709,10 +710,10 @@ def submit(
     binance_px = v["binance_ask_e8"] if sells else v["binance_bid_e8"]
     upbit_side = _SELL if sells else _BUY
     binance_side = _BUY if sells else _SELL
-    outcome = _ACCEPTED
+    outcome = _ACCEPTED if p["lot_e8"] > 0 else _NO_RULES
     upbit_lock = 0
     binance_lock = 0
-    if counters[0]["active"] + 2 > len(orders):
+    if outcome == _ACCEPTED and counters[0]["active"] + 2 > len(orders):
         outcome = _ORDERS_FULL
     if outcome == _ACCEPTED and ask[2] > 0:
         upbit_lock = _lock_for(pairs, config, balance, locked, pair, UPBIT, upbit_side, upbit_px, ask[2])

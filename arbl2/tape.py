@@ -28,6 +28,7 @@ This module is the only one that knows the schema; it touches no clock and no so
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -409,7 +410,14 @@ def _column(values: NDArray[Any], kind: pa.DataType) -> pa.Array:
 def _names(column: NDArray[np.uint8], codes: dict[str, int]) -> pa.DictionaryArray:
     index = np.zeros(256, dtype=np.int8)
     index[list(codes.values())] = np.arange(len(codes), dtype=np.int8)
-    return pa.DictionaryArray.from_arrays(_column(index[column], pa.int8()), pa.array(list(codes), pa.string()))
+    return pa.DictionaryArray.from_arrays(_column(index[column], pa.int8()), _strings(tuple(codes)))
+
+
+@functools.cache
+def _strings(names: tuple[str, ...]) -> pa.Array:
+    offsets = np.cumsum([0, *map(len, names)], dtype=np.int32)
+    text = pa.py_buffer("".join(names).encode("ascii"))
+    return pa.Array.from_buffers(pa.string(), len(names), [None, pa.py_buffer(offsets), text], null_count=0)
 
 
 def _codes(column: pa.DictionaryArray, codes: dict[str, int], where: str) -> Any:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from arbl2.config import RunConfig
+from arbl2.engine import Engine
 from arbl2.tape import TapeReader
 from arbl2_replay import replay
 from arbl2_replay.importer import import_capture
@@ -69,9 +71,6 @@ def test_binance_all_600_partial_depths(tmp_path):
 
 def test_top_of_book_after_every_frame(tmp_path):
     """The engine's book after each of the 600 frames, against a decode with json and Decimal."""
-    from arbl2.config import RunConfig
-    from arbl2.engine import Engine
-
     reader = TapeReader(_import(DEPTH20, tmp_path))
     engine = Engine(reader.manifest.instruments, RunConfig())
     compared = 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ import msgspec
 from arbl2.config import RunConfig
 from arbl2.engine import Engine
 from arbl2.errors import TapeError
-from arbl2.frames import VENUES, ExchangeId, FrameKind
-from arbl2.rules import binance_rules_from_exchange_info
 from arbl2.tape import TapeReader
 from arbl2_replay.clock import Lateness, Pacer, Speed
 from arbl2_replay.kpi import Kpi
@@ -32,10 +29,7 @@ if TYPE_CHECKING:
 
     from arbl2.frames import FrameBlock
     from arbl2.policy import Policy
-    from arbl2.rules import BinanceRules
     from arbl2.tape import Manifest
-
-_LOG = logging.getLogger("arbl2.replay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +81,7 @@ def replay(
     first_block = next(blocks, None)
     if first_block is None:
         raise TapeError(f"{tape} holds no frames. Was the recorder stopped before anything arrived?")
-    rules = recorded_rules(first_block)
-    engine = Engine(reader.manifest.instruments, config, policy=policy, recorded_rules=rules)
+    engine = Engine(reader.manifest.instruments, config, policy=policy, scanner=scanner)
     kpi = Kpi(engine)
     sink = RunSink(out, engine.universe.symbols) if out is not None else None
     total = reader.manifest.rows
@@ -153,21 +146,6 @@ def read_ahead(reader: TapeReader) -> Generator[FrameBlock]:
         while (block := waiting.result()) is not None:
             waiting = pool.submit(next, blocks, None)
             yield block
-
-
-def recorded_rules(block: FrameBlock) -> dict[str, BinanceRules]:
-    """Order rules that the recorder fetched before it subscribed: the exchangeInfo bodies among the tape's first frames."""
-    rules: dict[str, BinanceRules] = {}
-    code = VENUES.index(ExchangeId.BINANCE)
-    for i in ((block.kind == FrameKind.RESPONSE) & (block.venue == code)).nonzero()[0].tolist():
-        body = block.payload(i)
-        if b'"symbols"' not in body:
-            continue  # an error page, or another request's body
-        try:
-            rules.update(binance_rules_from_exchange_info(body))
-        except TapeError as error:
-            _LOG.warning("built-in order rules are used: %s", error)
-    return rules
 
 
 def tape_sha256(manifest: Manifest) -> str:

@@ -1,6 +1,6 @@
 """Makes the tapes of the golden datasets. Run by hand, once; the tapes are data from then on.
 
-    .venv/bin/python tests/golden/make_tapes.py
+.venv/bin/python tests/golden/make_tapes.py
 """
 
 from __future__ import annotations

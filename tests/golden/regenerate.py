@@ -1,6 +1,6 @@
 """Make the golden expectations anew and show what changed.
 
-    make golden
+make golden
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ def main() -> None:
         path = GOLDEN / name / "expected.toml"
         before = path.read_text() if path.exists() else ""
         after = text(name)
-        difference = list(difflib.unified_diff(before.splitlines(), after.splitlines(), f"{name} before", f"{name} now", lineterm=""))
+        difference = list(
+            difflib.unified_diff(before.splitlines(), after.splitlines(), f"{name} before", f"{name} now", lineterm="")
+        )
         print("\n".join(difference) if difference else f"{name}: unchanged")
         path.write_text(after)
 

@@ -11,6 +11,7 @@ from decimal import Decimal
 
 import duckdb
 import pytest
+
 from golden.goldens import GOLDEN, NAMES, pinned, run, text
 
 DIGESTS = {name: tomllib.loads((GOLDEN / name / "expected.toml").read_text())["digest"] for name in NAMES}
@@ -87,7 +88,7 @@ def test_profit_of_the_crossed_market_by_hand():
     usdt_out = Decimal("0.01") * 100_000
     usdt_in = bought * 99_990 * (1 - Decimal("0.001"))
     krw, usdt = krw_in - krw_out, usdt_in - usdt_out
-    assert (krw, usdt) == (Decimal("98550"), Decimal("-2.0988001"))
+    assert (krw, usdt) == (Decimal(98550), Decimal("-2.0988001"))
 
     kpi = run("crossed").kpi
     assert Decimal(kpi["balance_changes"]["upbit"]["KRW"]) == krw
@@ -110,7 +111,9 @@ def test_run_files_hold_what_was_printed(tmp_path):
     result = run("two-venue-60s", out=tmp_path)
     fills = duckdb.sql(f"SELECT status, count(*) AS n FROM '{result.run_dir}/fills.parquet' GROUP BY ALL").fetchall()
     venues = [legs for row in result.kpi["symbols"] for legs in row["venues"].values()]
-    assert dict(fills) == {status: n for status in ("filled", "partial", "unfilled", "no_book") if (n := sum(v[status] for v in venues))}
+    assert dict(fills) == {
+        status: n for status in ("filled", "partial", "unfilled", "no_book") if (n := sum(v[status] for v in venues))
+    }
     summary = json.loads((result.run_dir / "run.json").read_text())
     assert summary["digest"] == result.digest
     assert summary["kpi"] == result.kpi

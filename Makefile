@@ -1,0 +1,63 @@
+# The verbs that people and CI use. Everything runs in .venv; nothing outside the checkout is touched.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test lint types fmt golden bench cov docs build clean
+.DEFAULT_GOAL := help
+
+help: ## list the verbs
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## create .venv and install arbl2 with its tools (again only if their list changed)
+
+# constraints.txt is the whole list, so pip resolves nothing and every machine gets the same versions.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "arbl2 needs Python 3.11 or newer; '$(PYTHON)' is older or missing."; \
+	  echo "Name another one, for example: make setup PYTHON=python3.12"; exit 1; } >&2
+	@echo "setting up .venv (a minute or two, once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup ## record a synthetic market, replay and calibrate it, without network
+	$(BIN)/arbl2 demo
+
+test: setup ## run the tests on two processes
+	$(BIN)/python -m pytest -n 2
+
+lint: setup ## check style and formatting
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: setup ## check types (strict)
+	$(BIN)/python -m mypy
+
+fmt: setup ## format, and mend what can be mended by itself
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+golden: setup ## make the golden expectations anew (read the difference before you commit it)
+	$(BIN)/python tests/golden/regenerate.py
+
+bench: setup ## run the benchmarks
+	$(BIN)/python -m benchmarks
+
+cov: export COVERAGE_FILE := .venv/.coverage
+cov: export NUMBA_DISABLE_JIT := 1
+cov: setup ## run the tests in Python without compiled kernels and report the lines not reached (slow)
+	$(BIN)/python -m coverage run --source=arbl2,arbl2_recorder,arbl2_replay,arbl2_calibration -m pytest --timeout=0
+	$(BIN)/python -m coverage report --show-missing --skip-covered
+
+docs: setup ## write docs/cli.md from the command line's own help
+	$(BIN)/python -m typer arbl2.cli utils docs --name arbl2 --title "The command line" --output docs/cli.md
+
+build: setup ## build the wheel into dist/
+	$(BIN)/python -m hatchling build --target wheel
+
+clean: ## remove what tools left behind (not .venv, not tapes)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
