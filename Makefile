@@ -54,6 +54,7 @@ cov: setup ## run the tests in Python without compiled kernels and report the li
 
 docs: setup ## write docs/cli.md from the command line's own help
 	$(BIN)/python -m typer arbl2.cli utils docs --name arbl2 --title "The command line" --output docs/cli.md
+	$(BIN)/python docs/picture.py
 
 build: setup ## build the wheel into dist/
 	$(BIN)/python -m hatchling build --target wheel

@@ -46,13 +46,9 @@ class Universe:
     @classmethod
     def of(cls, names: Mapping[str, Sequence[str]], symbols: Sequence[str]) -> Universe:
         """From instrument names by venue, in sorted order. Raises ConfigError for a symbol that a venue lacks."""
-        instruments: list[Instrument] = []
-        for venue in ExchangeId:
-            for name in sorted(dict.fromkeys(names.get(venue, ()))):
-                instrument = PROVIDERS[venue].instrument(name)
-                if instrument is None:
-                    raise ConfigError(f"{name!r} is not an instrument of {venue}. Check the manifest's instruments.")
-                instruments.append(instrument)
+        instruments: list[Instrument] = [
+            PROVIDERS[venue].instrument(name) for venue in ExchangeId for name in sorted(dict.fromkeys(names.get(venue, ())))
+        ]
         at = {(i.venue, i.base, i.quote): k for k, i in enumerate(instruments)}
         upbit = {base: k for (venue, base, quote), k in at.items() if venue == ExchangeId.UPBIT and quote == "KRW"}
         binance = {base: k for (venue, base, quote), k in at.items() if venue == ExchangeId.BINANCE and quote == "USDT"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from arbl2.errors import Arbl2Error, ConfigError, VenueError
+from arbl2.errors import Arbl2Error, ConfigError, EvidenceError, VenueError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -114,6 +114,7 @@ def record(
     upbit_units: Annotated[int, typer.Option(help="Levels a side on Upbit: 1, 5, 15 or 30.")] = 30,
     binance_depth: Annotated[int, typer.Option(help="Levels a side on Binance: 5, 10 or 20.")] = 20,
     flush_ms: Annotated[int, typer.Option(help="What a kill may cost at most.")] = 250,
+    give_up_s: Annotated[float, typer.Option(help="Stop if no venue has delivered anything by then.")] = 15.0,
     as_json: Json = False,
 ) -> None:
     """Record the raw order book messages of Upbit and Binance, byte for byte, until Ctrl-C or for --duration seconds."""
@@ -129,6 +130,7 @@ def record(
         upbit_units=upbit_units,
         binance_depth=binance_depth,
         flush_ms=flush_ms,
+        first_connect_s=give_up_s,
     )
     _record(config, as_json=as_json)
 
@@ -248,6 +250,8 @@ def _calibrate(runs: list[Path], *, out: Path, zones: Path | None, store: Path |
     if as_json:
         print(result.path.read_text())  # noqa: T201
         return
+    for repeated in result.counted_once:
+        _show(Text(f"{repeated} is the same run as another one and counts once", style="yellow"))
     _show(zone_table(result.table))
     _show(Text(f"{limits_text(result.table)}\n\ncalibration {result.path}"))
 
@@ -334,7 +338,10 @@ def demo(
     _show(Text("\n2. arbl2 replay: the recording at full speed with the threshold policy", style="bold cyan"))
     run = _replay(recording.path, RunConfig(policy=policy), speed="max", out=folder / "runs", as_json=False)
     _show(Text("\n3. arbl2 calibrate: zones from the fill events", style="bold cyan"))
-    _calibrate([run.run_dir], out=folder / "calibrations", zones=None, store=None, as_json=False)
+    try:
+        _calibrate([run.run_dir], out=folder / "calibrations", zones=None, store=None, as_json=False)
+    except EvidenceError as refusal:  # a short demo may hold too little to learn from, and calibrate says so
+        _show(Text(f"refused: {refusal}", style="yellow"))
     _show(
         Text(
             "\nWhat to try next\n"

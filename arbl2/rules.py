@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from arbl2.errors import ConfigError, TapeError
-from arbl2.frames import ExchangeId
 from arbl2.money import E8, INT64_MAX, NumberRefusedError, format_e8, parse_e8
 
 if TYPE_CHECKING:
@@ -282,27 +281,3 @@ def _override_e8(base: str, key: str, text: str | None) -> int | None:
             'Write it like "0.1", or leave it out to use the rule of the venue.'
         )
     return value
-
-
-@dataclass(frozen=True, slots=True)
-class FeeRule:
-    """A venue's taker fee: ``rate_e8`` of the traded amount (50,000 = 5 bp).
-
-    ``in_base_on_buy``: a buy pays in the coin it receives; everything else is paid in the quote currency.
-    """
-
-    rate_e8: int
-    in_base_on_buy: bool
-
-
-def default_fees(venue: str) -> FeeRule:
-    """The published taker fee of an account without discounts. Raises ConfigError for an unknown venue.
-
-    Upbit's KRW market: 5 bp, always in KRW. Binance spot: 10 bp; a buy pays in coin (no BNB).
-    """
-    match venue:
-        case ExchangeId.UPBIT:
-            return FeeRule(rate_e8=50_000, in_base_on_buy=False)
-        case ExchangeId.BINANCE:
-            return FeeRule(rate_e8=100_000, in_base_on_buy=True)
-    raise ConfigError(f"arbl2 knows no fee of {venue!r}. Name upbit or binance.")

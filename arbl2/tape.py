@@ -53,6 +53,8 @@ SEGMENTS = "segments"
 LOG = "log"
 ROW_GROUP_ROWS = 8_192
 ROW_GROUP_BYTES = 16 * 2**20
+MAX_GROUP_BYTES = 256 * 2**20
+"""A larger row group was not written by arbl2, and would let a foreign file take memory without bound."""
 ZSTD_LEVEL = 9
 
 _DICT = pa.dictionary(pa.int8(), pa.string())
@@ -346,6 +348,11 @@ def _record_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
         with pq.ParquetFile(path) as file:
             _check_schema(path, file.schema_arrow)
             for group in range(file.metadata.num_row_groups):
+                size = file.metadata.row_group(group).total_byte_size
+                if size > MAX_GROUP_BYTES:
+                    raise TapeError(
+                        f"{path} row group {group} claims {size:,} bytes; arbl2 writes none beyond {MAX_GROUP_BYTES:,}."
+                    )
                 table = file.read_row_group(group, use_threads=True).combine_chunks()
                 for batch in table.to_batches():
                     yield group, batch

@@ -89,8 +89,8 @@ class Provider(ABC):
 
     @staticmethod
     @abstractmethod
-    def instrument(name: str) -> Instrument | None:
-        """The instrument of a venue's name, or None if the name is not of the venue's form."""
+    def instrument(name: str) -> Instrument:
+        """The instrument of a venue's name; base is the whole name where its parts cannot be told."""
 
     @staticmethod
     def wire_name(name: str) -> str:

@@ -54,10 +54,11 @@ class BinanceL2Provider(Provider):
     _scan = staticmethod(scan_binance)
 
     @staticmethod
-    def instrument(name: str) -> Instrument | None:
+    def instrument(name: str) -> Instrument:
         """``BTCUSDT`` is BTC priced in USDT."""
         match = _NAME.match(name)
-        return Instrument(ExchangeId.BINANCE, name, base=match[1], quote=match[2]) if match else None
+        base, quote = (match[1], match[2]) if match else (name, "")
+        return Instrument(ExchangeId.BINANCE, name, base, quote)
 
     @staticmethod
     def wire_name(name: str) -> str:

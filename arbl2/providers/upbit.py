@@ -10,7 +10,6 @@ Source: docs.upbit.com websocket-guide, websocket-orderbook (2026-09).
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -33,7 +32,6 @@ from arbl2.updates import MAX_LEVELS, Reason
 if TYPE_CHECKING:
     from msgspec import Raw
 
-_NAME = re.compile(r"([A-Z0-9]{1,10})-([A-Z0-9]{1,12})\Z")
 _UNITS = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 _KINDS = {"trade": Reason.TRADE, "ticker": Reason.TICKER}
 # DEFAULT spelling to SIMPLE
@@ -59,10 +57,12 @@ class UpbitL2Provider(Provider):
     _scan = staticmethod(scan_upbit)
 
     @staticmethod
-    def instrument(name: str) -> Instrument | None:
+    def instrument(name: str) -> Instrument:
         """``KRW-BTC`` is BTC priced in KRW."""
-        match = _NAME.match(name)
-        return Instrument(ExchangeId.UPBIT, name, base=match[2], quote=match[1]) if match else None
+        quote, dash, base = name.partition("-")
+        return (
+            Instrument(ExchangeId.UPBIT, name, base=base, quote=quote) if dash else Instrument(ExchangeId.UPBIT, name, name, "")
+        )
 
     def read(self, payload: bytes) -> Reading:
         """Decode one message strictly. Raises RefusedError for bad input."""

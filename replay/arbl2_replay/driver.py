@@ -18,14 +18,16 @@ import msgspec
 
 from arbl2.config import RunConfig
 from arbl2.engine import Engine
-from arbl2.errors import TapeError
+from arbl2.errors import ConfigError, TapeError
 from arbl2.tape import TapeReader
 from arbl2_replay.clock import Lateness, Pacer, Speed
 from arbl2_replay.kpi import Kpi
-from arbl2_replay.sinks import OUTCOME_SOURCE, RunSink
+from arbl2_replay.sinks import DECISIONS, FILLS, OUTCOME_SOURCE, RunSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
+
+    import polars as pl
 
     from arbl2.frames import FrameBlock
     from arbl2.policy import Policy
@@ -46,6 +48,21 @@ class RunResult:
     books: list[dict[str, int | str]]
     lateness: Lateness | None
     run_dir: Path | None
+
+    def decisions(self) -> pl.DataFrame:
+        """The decisions that were kept (``out=``), one row each. Raises ConfigError if none were."""
+        return self._table(DECISIONS)
+
+    def fills(self) -> pl.DataFrame:
+        """The fill events that were kept (``out=``), one row a leg. Raises ConfigError if none were."""
+        return self._table(FILLS)
+
+    def _table(self, name: str) -> pl.DataFrame:
+        import polars as pl
+
+        if self.run_dir is None:
+            raise ConfigError("this run kept no events: replay with out=, the folder of runs.")
+        return pl.read_parquet(self.run_dir / name)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arbl2.config import PaperConfig
 from arbl2.errors import ConfigError, TapeError
 from arbl2.rules import (
     BinanceRules,
@@ -20,7 +19,6 @@ from arbl2.rules import (
     binance_lot_e8,
     binance_rules,
     binance_rules_from_exchange_info,
-    default_fees,
     pair_rules,
     upbit_date,
     upbit_tick_e8,
@@ -244,15 +242,3 @@ def test_a_body_that_is_no_exchange_info_is_a_tape_error(body: bytes) -> None:
 def test_no_bytes_escape_as_another_error(body: bytes) -> None:
     with contextlib.suppress(TapeError):
         binance_rules_from_exchange_info(body)
-
-
-def test_default_fees() -> None:
-    upbit, binance = default_fees("upbit"), default_fees("binance")
-    assert (upbit.rate_e8, upbit.in_base_on_buy) == (50_000, False)
-    assert (binance.rate_e8, binance.in_base_on_buy) == (100_000, True)
-    paper = PaperConfig()
-    assert paper.upbit_fee_bps * 10_000 == upbit.rate_e8
-    assert paper.binance_fee_bps * 10_000 == binance.rate_e8
-    assert (paper.binance_fee_in == "received") == binance.in_base_on_buy
-    with pytest.raises(ConfigError, match="bithumb"):
-        default_fees("bithumb")

@@ -1,0 +1,121 @@
+"""What to record, from where, and the limits to keep: one frozen value, checked when it is made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from arbl2.errors import ConfigError
+from arbl2.frames import ExchangeId
+
+MIB = 2**20
+UPBIT_UNITS = (1, 5, 15, 30)
+UPBIT_FORMATS = ("DEFAULT", "SIMPLE")
+BINANCE_DEPTHS = (5, 10, 20)
+BINANCE_SPEEDS_MS = (100, 1000)
+FX_COIN = "USDT"
+_COIN = re.compile(r"[A-Z0-9]{1,20}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoints:
+    """Where the venues are: WebSocket URLs (ws, wss) and REST base URLs (http, https)."""
+
+    upbit_ws: str = "wss://api.upbit.com/websocket/v1"
+    upbit_rest: str = "https://api.upbit.com"
+    binance_ws: str = "wss://stream.binance.com:9443/stream"
+    binance_rest: str = "https://api.binance.com"
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            schemes = ("ws", "wss") if name.endswith("_ws") else ("http", "https")
+            url = getattr(self, name)
+            parts = urlsplit(url)
+            if parts.scheme not in schemes or not parts.hostname:
+                raise ConfigError(f"endpoint {name} is {url!r}; it must begin with {' or '.join(schemes)}://host")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordConfig:
+    """One recording. Units are in the names; every limit has a default that suits a small machine.
+
+    ``symbols`` are base coins (``BTC``); Upbit's ``KRW-USDT`` book is added whenever both venues are recorded. ``duration_s``
+    None records until stopped. Raises ConfigError for a value that cannot be used.
+    """
+
+    out: Path = Path("tapes")
+    venues: tuple[str, ...] = (ExchangeId.UPBIT.value, ExchangeId.BINANCE.value)
+    symbols: tuple[str, ...] = ("BTC", "ETH", "XRP")
+    duration_s: float | None = None
+    endpoints: Endpoints = field(default_factory=Endpoints)
+    upbit_format: str = "DEFAULT"
+    upbit_units: int = 30
+    binance_depth: int = 20
+    binance_speed_ms: int = 100
+
+    flush_ms: int = 250  # what a kill may cost at most
+    fsync: bool = True  # also survive a power cut, not only a kill
+    segment_seconds: int = 900  # segments end on multiples of this in UTC ...
+    segment_bytes: int = 128 * MIB  # ... or when their log has grown to this
+    queue_bytes: int = 96 * MIB  # frames waiting for the disk; beyond it messages are dropped, and the drop is declared
+    max_message_bytes: int = 16 * MIB
+
+    open_timeout_s: float = 10.0
+    close_timeout_s: float = 2.0
+    rest_timeout_s: float = 10.0
+    first_connect_s: float = 15.0  # no venue delivered anything by then: give up
+    snapshot_timeout_s: float = 10.0  # no first message of a code, or no ack, by then: alarm
+    stall_s: float = 60.0  # a connection that delivered nothing for this long is replaced
+    ping_interval_s: float = 20.0
+    ping_timeout_s: float = 20.0
+    dial_interval_s: float = 1.0  # at least this between two dials of one venue: Binance allows 300 in 5 minutes
+    backoff_cap_s: float = 30.0
+    stable_s: float = 10.0  # data must have flowed for this long before the back-off starts anew
+    clock_s: float = 10.0
+    status_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        known = [venue.value for venue in ExchangeId]
+        if not self.venues or len(set(self.venues)) != len(self.venues) or set(self.venues) - set(known):
+            raise ConfigError(f"venues {list(self.venues)} cannot be recorded; choose from {', '.join(known)}")
+        if not self.symbols or len(set(self.symbols)) != len(self.symbols):
+            raise ConfigError("name at least one symbol, each once, such as BTC ETH XRP")
+        for coin in self.symbols:
+            if not _COIN.fullmatch(coin):
+                raise ConfigError(f"symbol {coin!r} is not a base coin; write BTC, not KRW-BTC or BTCUSDT")
+            if coin == FX_COIN:
+                raise ConfigError("leave out USDT: its KRW book is recorded whenever both venues are")
+        self._check_choices()
+        self._check_limits()
+
+    def _check_choices(self) -> None:
+        choices: tuple[tuple[str, tuple[object, ...]], ...] = (
+            ("upbit_format", UPBIT_FORMATS),
+            ("upbit_units", UPBIT_UNITS),
+            ("binance_depth", BINANCE_DEPTHS),
+            ("binance_speed_ms", BINANCE_SPEEDS_MS),
+        )
+        for name, allowed in choices:
+            if getattr(self, name) not in allowed:
+                listed = ", ".join(map(str, allowed))
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; the venue offers {listed}")
+
+    def _check_limits(self) -> None:
+        if self.duration_s is not None and not self.duration_s > 0:
+            raise ConfigError(f"duration is {self.duration_s} s; it must be above 0, or left out to record until stopped")
+        for name in self.__slots__:
+            if name.endswith(("_ms", "_s", "_seconds", "_bytes")) and name != "duration_s":
+                value = getattr(self, name)
+                if not value > 0:
+                    raise ConfigError(f"{name} is {value}; it must be above 0")
+
+    def instruments(self) -> dict[str, list[str]]:
+        """The venues' own names of what is recorded: ``{"upbit": ["KRW-BTC", ...], "binance": ["BTCUSDT", ...]}``."""
+        fx = [FX_COIN] if len(self.venues) > 1 else []
+        names = {
+            ExchangeId.UPBIT.value: [f"KRW-{coin}" for coin in [*self.symbols, *fx]],
+            ExchangeId.BINANCE.value: [f"{coin}USDT" for coin in self.symbols],
+        }
+        return {venue: names[venue] for venue in self.venues}

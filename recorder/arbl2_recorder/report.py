@@ -1,0 +1,57 @@
+"""What a finished recording and a recovery look like on a terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+
+    from arbl2_recorder.recovery import RecoveryReport
+    from arbl2_recorder.status import RecordResult
+
+
+def result_report(result: RecordResult) -> RenderableType:
+    """A finished recording: what is on the tape, and what was lost or noticed."""
+    table = Table(title=f"Recorded {result.session}", title_justify="left")
+    table.add_column("venue")
+    for name in ("messages", "per s", "connections", "other frames"):
+        table.add_column(name, justify="right")
+    for venue, messages in result.messages.items():
+        kinds = {key.split(".", 1)[1]: n for key, n in result.counts.items() if key.split(".", 1)[0] == venue}
+        rate = f"{messages / result.duration_s:,.1f}" if result.duration_s else "-"
+        other = sum(kinds.values()) - messages
+        table.add_row(venue, f"{messages:,}", rate, f"{kinds.get('opened', 0):,}", f"{other:,}")
+    ratio = f", {result.payload_bytes / result.sealed_bytes:.1f} times smaller" if result.sealed_bytes else ""
+    lines = [
+        f"{result.frames:,} frames, {result.payload_bytes / 2**20:,.1f} MiB raw, {result.sealed_bytes / 2**20:,.1f} MiB sealed{ratio}",
+        f"{result.path}, ended by {result.ended} after {result.duration_s:,.1f} s",
+        "every message that arrived is on the tape" if result.clean else f"NOT whole: {result.dropped:,} messages were dropped",
+    ]
+    if result.alarms:
+        lines.append("alarms: " + ", ".join(f"{name} {n:,}" for name, n in result.alarms.items()))
+    parts: list[RenderableType] = [table, Text("\n".join(lines))]
+    if result.recovered:
+        parts.append(recovery_report(result.recovered))
+    return Group(*parts)
+
+
+def recovery_report(reports: Sequence[RecoveryReport]) -> RenderableType:
+    """What recovery restored."""
+    if not reports:
+        return Text("nothing to recover: every session below this folder is whole")
+    table = Table(title="Recovered", title_justify="left")
+    table.add_column("session")
+    for name in ("frames from log", "frames sealed before", "bytes of a torn tail dropped"):
+        table.add_column(name, justify="right")
+    table.add_column("problem")
+    for report in reports:
+        counts = (report.frames_recovered, report.frames_sealed, report.bytes_dropped)
+        table.add_row(report.session, *(f"{n:,}" for n in counts), report.problem)
+    return table
