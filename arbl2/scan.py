@@ -412,6 +412,30 @@ def _binance_frame(
 
 
 @kernel
+def _write_row(
+    i: int, known: int, n: int, m: int, ms: int, last_id: int, at: int, totals: Ints,
+    book_ids: NDArray[np.int32], what: NDArray[np.uint8], reason: NDArray[np.uint8], book: NDArray[np.int32],
+    exchange_ms: Ints, update_id: Ints, start: NDArray[np.int32], n_bid: NDArray[np.int16], n_ask: NDArray[np.int16],
+    px: Ints, qty: Ints,
+) -> int:  # fmt: skip
+    """Settle the levels of one scanned frame and fill its row; returns where the next frame's levels go."""
+    bids, asks, why = settle(px, qty, at, n, at + MAX_LEVELS, m, totals)
+    if known < 0:
+        what[i] = 0
+        reason[i] = _R_UNKNOWN
+        return at
+    what[i] = _BOOK if why == _R_BOOK else _DOUBT
+    reason[i] = why
+    book[i] = book_ids[known]
+    exchange_ms[i] = ms
+    update_id[i] = last_id
+    start[i] = at
+    n_bid[i] = bids
+    n_ask[i] = asks
+    return at + bids + asks
+
+
+@kernel
 def scan_upbit(
     data: Bytes,
     offsets: NDArray[np.int32],
@@ -445,20 +469,10 @@ def scan_upbit(
         if units < 0:
             what[i] = _UNREAD
             continue
-        bids, asks, why = settle(px, qty, at, units, at + MAX_LEVELS, units, totals)
-        if known < 0:
-            what[i] = 0
-            reason[i] = _R_UNKNOWN
-            continue
-        what[i] = _BOOK if why == _R_BOOK else _DOUBT
-        reason[i] = why
-        book[i] = book_ids[known]
-        exchange_ms[i] = ms
-        update_id[i] = 0
-        start[i] = at
-        n_bid[i] = bids
-        n_ask[i] = asks
-        at += bids + asks
+        at = _write_row(
+            i, known, units, units, ms, 0, at, totals,
+            book_ids, what, reason, book, exchange_ms, update_id, start, n_bid, n_ask, px, qty,
+        )  # fmt: skip
     cursor[0] = at
 
 
@@ -494,18 +508,8 @@ def scan_binance(
         if bids < 0:
             what[i] = _UNREAD
             continue
-        bids, asks, why = settle(px, qty, at, bids, at + MAX_LEVELS, asks, totals)
-        if known < 0:
-            what[i] = 0
-            reason[i] = _R_UNKNOWN
-            continue
-        what[i] = _BOOK if why == _R_BOOK else _DOUBT
-        reason[i] = why
-        book[i] = book_ids[known]
-        exchange_ms[i] = 0
-        update_id[i] = last_id
-        start[i] = at
-        n_bid[i] = bids
-        n_ask[i] = asks
-        at += bids + asks
+        at = _write_row(
+            i, known, bids, asks, 0, last_id, at, totals,
+            book_ids, what, reason, book, exchange_ms, update_id, start, n_bid, n_ask, px, qty,
+        )  # fmt: skip
     cursor[0] = at
