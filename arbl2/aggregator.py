@@ -99,7 +99,7 @@ class MultiExchangeL2Aggregator:
         if book < 0 or self.status(book, at, stale_ns=int(self._state.config[0]["fx_stale_ns"])) is not SourceStatus.ACTIVE:
             return None
         index = 0 if side == "bid" else 1
-        if self._state.books[book]["n"][index] == 0:
+        if self._state.counts[book, index, 0] == 0:
             return None
         rate = int(self._state.px[book, index, 0])
         return FxQuote(Usdt, Krw, rate, side, "upbit KRW-USDT", at - int(self._state.books[book]["last_ns"]))
@@ -108,7 +108,7 @@ class MultiExchangeL2Aggregator:
         """Best displayed bid or ask of a venue in its own currency; None if the side is empty."""
         book = self._book(symbol, exchange)
         index = 0 if side == "bid" else 1
-        if self._state.books[book]["n"][index] == 0:
+        if self._state.counts[book, index, 0] == 0:
             return None
         price = int(self._state.px[book, index, 0])
         return Amount(price, Krw) if exchange == ExchangeId.UPBIT else Amount(price, Usdt)
@@ -119,7 +119,17 @@ class MultiExchangeL2Aggregator:
         s, view = self._state, self._view[0]
         tops = {exchange: self._top(symbol, exchange, at) for exchange in ExchangeId}
         usable = kernels.look(
-            s.books, s.px, s.qty, s.eaten_px, s.eaten_qty, s.eaten_by, s.pairs, s.config, self._pair(symbol), at, 0, self._view
+            s.books,
+            s.counts,
+            s.px,
+            s.qty,
+            s.eaten,
+            s.pairs,
+            s.config,
+            self._pair(symbol),
+            at,
+            0,
+            self._view,
         )
         edges = [float(view[name]) if usable else math.nan for name in ("sell_upbit_bps", "buy_upbit_bps")]
         sell, buy = (None if math.isnan(edge) else edge for edge in edges)
@@ -140,7 +150,7 @@ class MultiExchangeL2Aggregator:
         row = self._state.books[book]
         bids, asks = (
             tuple(zip(self._state.px[book, k, :n].tolist(), self._state.qty[book, k, :n].tolist(), strict=True))
-            for k, n in enumerate(row["n"].tolist())
+            for k, n in enumerate(self._state.counts[book, :, 0].tolist())
         )
         age_ns = at - int(row["last_ns"])
         return BookTop(exchange, _CURRENCY[exchange], self.status(book, at), age_ns, bids, asks)

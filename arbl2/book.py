@@ -11,7 +11,7 @@ from arbl2.config import amount_e8, ns_of_ms, ppm_of_bps, starting_coins_e8
 from arbl2.errors import ConfigError
 from arbl2.events import DECISION_DTYPE, FILL_DTYPE
 from arbl2.frames import BINANCE, UPBIT, VENUES, ExchangeId
-from arbl2.kernels import BOOK_STATE, CONFIG, COUNTERS, EATEN_CAP, GAP_BUCKETS, PAIR_STATE, VIEW
+from arbl2.kernels import BOOK_STATE, CONFIG, COUNTERS, EATEN_CAP, GAP_MS, GAP_S, PAIR_STATE, VIEW
 from arbl2.providers import PROVIDERS
 from arbl2.rules import binance_rules, pair_rules
 from arbl2.updates import MAX_LEVELS
@@ -78,16 +78,17 @@ class Universe:
 class State:
     """Every array the loop reads and writes. ``B`` books, ``P`` pairs, ``L`` levels a side.
 
-    ``px``, ``qty``: int64[B, 2, L] (side 0 bids, 1 asks, best first); ``eaten_*``: int64[B, 2, takes]; ``gaps``: int64[B, ms];
+    ``px``, ``qty``: int64[B, 2, L] (side 0 bids, 1 asks, best first); ``counts``: int64[B, 2, 2], levels displayed and takes
+    remembered by side; ``eaten``: int64[B, 2, takes, 3] (price, size, last displayed); ``gaps``: int64[B, buckets];
+    ``taken``: int64[orders, L, 2], what each order in the table took;
     ``balance``, ``locked``: int64[3, 1 + P] by venue code, column 0 the quote currency, column 1 + k the coin of pair k.
     """
 
     books: NDArray[Any]
+    counts: NDArray[np.int64]
     px: NDArray[np.int64]
     qty: NDArray[np.int64]
-    eaten_px: NDArray[np.int64]
-    eaten_qty: NDArray[np.int64]
-    eaten_by: NDArray[np.int64]
+    eaten: NDArray[np.int64]
     gaps: NDArray[np.int64]
     pairs: NDArray[Any]
     config: NDArray[Any]
@@ -95,6 +96,7 @@ class State:
     locked: NDArray[np.int64]
     orders: NDArray[Any]
     order_state: NDArray[np.int64]
+    taken: NDArray[np.int64]
     counters: NDArray[Any]
     decisions: NDArray[Any]
     fills: NDArray[Any]
@@ -134,20 +136,20 @@ class State:
         counters["next_due_ns"] = 2**62
         return cls(
             books=books,
+            counts=np.zeros((len(books), 2, 2), np.int64),
             px=np.zeros((len(books), 2, MAX_LEVELS), np.int64),
             qty=np.zeros((len(books), 2, MAX_LEVELS), np.int64),
-            eaten_px=np.zeros((len(books), 2, EATEN_CAP), np.int64),
-            eaten_qty=np.zeros((len(books), 2, EATEN_CAP), np.int64),
-            eaten_by=np.zeros((len(books), 2, EATEN_CAP), np.int64),
-            gaps=np.zeros((len(books), GAP_BUCKETS), np.int64),
+            eaten=np.zeros((len(books), 2, EATEN_CAP, 3), np.int64),
+            gaps=np.zeros((len(books), GAP_MS + GAP_S), np.int64),
             pairs=pairs,
             config=flat,
             balance=balance,
             locked=np.zeros_like(balance),
             orders=np.zeros(ORDER_SLOTS, FILL_DTYPE),
             order_state=np.zeros((ORDER_SLOTS, 4), np.int64),
+            taken=np.zeros((ORDER_SLOTS, MAX_LEVELS, 2), np.int64),
             counters=counters,
-            decisions=np.zeros(EVENT_ROWS, DECISION_DTYPE),
+            decisions=np.zeros(EVENT_ROWS + p, DECISION_DTYPE),
             fills=np.zeros(EVENT_ROWS, FILL_DTYPE),
             view=np.zeros(1, VIEW),
             ask=np.zeros(4, np.int64),

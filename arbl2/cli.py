@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 2 option or configuration, 3 tape or run, 4 venue, 5 disk or lock, 6 not supported by the data, "
-    "70 a defect of arbl2, 130 interrupted.",
+    "70 a defect of arbl2, 130 interrupted, 143 terminated.",
 )
 
 TAPES = Path("tapes")
@@ -41,15 +41,14 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML co
 
 def main() -> None:
     """Entry point: every error is a sentence and an exit code, never a traceback."""
+    # a run that is told to stop cleans up behind itself; the recorder has handlers of its own
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app(standalone_mode=True)
     except Arbl2Error as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted.", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except Exception as error:
         if os.environ.get("ARBL2_DEBUG"):
             raise

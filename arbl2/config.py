@@ -19,8 +19,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+MAX_TEXT = 100_000
+MAX_AMOUNT_E8 = 40_000_000_000 * 10**8
+"""Half of what 64 bits hold, so that a run has room to add to it."""
 STARTING_COINS = {"BTC": "1", "ETH": "30", "XRP": "50000", "SOL": "500", "DOGE": "400000"}
-"""Coins that each venue's paper account holds at the start where the configuration does not say."""
+"""Coins that each venue's paper account holds at the start where the configuration does not say; of others it holds none."""
 
 
 class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -79,8 +82,10 @@ class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def loads(text: str, source: str = "the configuration") -> RunConfig:
     """Read and check TOML. Raises ConfigError naming the field."""
     try:
+        if len(text) > MAX_TEXT:
+            raise ConfigError(f"{source} is longer than {MAX_TEXT:,} characters. A configuration is a page or two.")
         config = msgspec.toml.decode(text, type=RunConfig)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: {error}. docs/configuration.md lists every field.") from None
     return checked(config)
 
@@ -126,24 +131,22 @@ def checked(config: RunConfig) -> RunConfig:
 def amount_e8(name: str, text: str) -> int:
     """Decimal text of a field as an integer of 10^-8. Raises ConfigError naming the field."""
     try:
-        return parse_e8(text.encode(), exact=True)
+        amount = parse_e8(text.encode(), exact=True)
     except NumberRefusedError:
+        amount = -1
+    if not 0 <= amount <= MAX_AMOUNT_E8:
         raise ConfigError(
-            f'{name} = "{text}" is not a plain amount. Write digits with at most eight decimals, for example "1000000" or "0.01".'
-        ) from None
+            f'{name} = "{text}" is not a plain amount up to 40 billion. Write digits with at most eight decimals, '
+            'for example "1000000" or "0.01".'
+        )
+    return amount
 
 
 def starting_coins_e8(config: PaperConfig, coin: str) -> tuple[int, int]:
-    """Coins held at the start on (Upbit, Binance). Raises ConfigError for a coin that neither says nor is built in."""
-    found = []
-    for field, coins in (("upbit_coins", config.upbit_coins), ("binance_coins", config.binance_coins)):
-        text = coins.get(coin, STARTING_COINS.get(coin))
-        if text is None:
-            raise ConfigError(
-                f'say how much {coin} the paper account holds: [paper.{field}] {coin} = "100" in the configuration.'
-            )
-        found.append(amount_e8(f"paper.{field}.{coin}", text))
-    return found[0], found[1]
+    """Coins held at the start on (Upbit, Binance): as configured, else STARTING_COINS, else none."""
+    known = STARTING_COINS.get(coin, "0")
+    upbit, binance = config.upbit_coins.get(coin, known), config.binance_coins.get(coin, known)
+    return amount_e8(f"paper.upbit_coins.{coin}", upbit), amount_e8(f"paper.binance_coins.{coin}", binance)
 
 
 def ns_of_ms(value_ms: float) -> int:

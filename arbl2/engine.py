@@ -17,10 +17,12 @@ from arbl2 import kernels
 from arbl2.aggregator import MultiExchangeL2Aggregator
 from arbl2.book import State, Universe, set_rules
 from arbl2.digest import RunDigest
-from arbl2.errors import TapeError
+from arbl2.errors import EngineError, TapeError
 from arbl2.events import DECISION_DTYPE, FILL_DTYPE, FillStatus, Outcome
 from arbl2.frames import BINANCE, VENUES, ExchangeId, FrameBlock, FrameKind
+from arbl2.kernels import GAP_MS
 from arbl2.ledger import Ledger
+from arbl2.money import INT64_MAX
 from arbl2.policy import Ask, Policy, ThresholdPolicy, View
 from arbl2.providers import PROVIDERS
 from arbl2.rules import BinanceRules, binance_rules_from_exchange_info
@@ -39,6 +41,7 @@ MAX_BLOCK = 2_048
 """Frames taken through the loop at once: their levels stay in the processor's cache."""
 
 _KIND_REASONS = {
+    FrameKind.MESSAGE: Reason.OTHER_MESSAGE,  # until the venue's provider has read it
     FrameKind.SENT: Reason.SENT,
     FrameKind.OPENED: Reason.OPENED,
     FrameKind.CLOSED: Reason.CLOSED,
@@ -92,7 +95,9 @@ class Engine:
         self.finished = False
 
     def feed(self, block: FrameBlock) -> None:
-        """Take a block of frames through the whole path, in order."""
+        """Take a block of frames through the whole path, in order. Raises EngineError after ``finish`` or on an overflow."""
+        if self.finished:
+            raise EngineError("this run has ended; make a new Engine for more frames.")
         # the checksum of books wraps on purpose, which NumPy reports when the kernels run uncompiled
         with np.errstate(over="ignore"):
             for start in range(0, len(block), MAX_BLOCK):
@@ -103,6 +108,9 @@ class Engine:
         u = self._updates
         u.what[:n] = What.NOTHING
         u.what[:n][block.kind == FrameKind.CLOSED] = What.CLOSED
+        for row in np.flatnonzero(block.kind == FrameKind.ALARM).tolist():
+            if b'"alarm":"dropped"' in block.payload(row):
+                u.what[row] = What.LOST
         u.reason[:n] = self._kind_reason[block.kind]
         u.book[:n] = -1
         u.cursor[0] = 0
@@ -111,8 +119,8 @@ class Engine:
         first = 0
         for stop in [*self._rule_rows(block), n]:
             self._run_rows(block, first, stop)
-            if stop < n:
-                self._read_rules(block.payload(stop))
+            if stop < n and not self._read_rules(block.payload(stop)):
+                u.reason[stop] = Reason.BAD_RULES
             first = stop
         self._reasons += np.bincount(block.venue * 64 + u.reason[:n].astype(np.int64), minlength=64 * len(VENUES)).reshape(-1, 64)
         self.frames += n
@@ -122,30 +130,40 @@ class Engine:
         while first < last:
             first = self._run(block, first, last)
             counters = self.state.counters[0]
+            self._stop_on_overflow()
             if not isinstance(self.policy, ThresholdPolicy):
                 self._ask_policy(self.policy, u, first - 1, int(block.seq[first - 1]))
             if counters["decisions"] or counters["fills"]:
                 self._collect()
+
+    def _stop_on_overflow(self) -> None:
+        order_id = int(self.state.counters[0]["overflow"])
+        if order_id:
+            raise EngineError(
+                f"order {order_id} moves an amount that does not fit in 64 bits of 10^-8 (92 billion of a currency). "
+                "Lower the balances or the size in the configuration, or look for absurd prices on the tape."
+            )
 
     def _rule_rows(self, block: FrameBlock) -> list[int]:
         """Frames that hold a body of Binance's exchangeInfo: order rules that count from there on."""
         rows = np.flatnonzero((block.kind == FrameKind.RESPONSE) & (block.venue == BINANCE)).tolist()
         return [row for row in rows if b'"symbols"' in block.payload(row)]
 
-    def _read_rules(self, body: bytes) -> None:
+    def _read_rules(self, body: bytes) -> bool:
         try:
             recorded = binance_rules_from_exchange_info(body)
         except TapeError as error:
             _LOG.warning("a recorded exchangeInfo is left out: %s", error)
-            return
+            return False
         self._recorded_rules.update(recorded)
         set_rules(self.state.pairs, self.universe, self.config, self._recorded_rules)
+        return True
 
     def _run(self, block: FrameBlock, first: int, last: int) -> int:
         s, u = self.state, self._updates
         return kernels.run(
-            s.books, s.px, s.qty, s.eaten_px, s.eaten_qty, s.eaten_by, s.gaps, s.pairs, s.config,
-            s.balance, s.locked, s.orders, s.order_state, s.counters, s.decisions, s.fills, s.view, s.ask,
+            s.books, s.counts, s.px, s.qty, s.eaten, s.gaps, s.pairs, s.config,
+            s.balance, s.locked, s.orders, s.order_state, s.taken, s.counters, s.decisions, s.fills, s.view, s.ask,
             block.seq, block.time_ns, block.venue, block.conn,
             u.what, u.reason, u.book, u.exchange_ms, u.update_id, u.start, u.n_bid, u.n_ask, u.px_e8, u.qty_e8,
             first, last, isinstance(self.policy, ThresholdPolicy),
@@ -162,20 +180,20 @@ class Engine:
         for k in pairs:
             if k < 0 or s.pairs[k]["in_flight"] > 0:
                 continue
-            usable = kernels.look(
-                s.books, s.px, s.qty, s.eaten_px, s.eaten_qty, s.eaten_by, s.pairs, s.config, k, time_ns, seq, s.view
-            )
+            usable = kernels.look(s.books, s.counts, s.px, s.qty, s.eaten, s.pairs, s.config, k, time_ns, seq, s.view)
             ask = policy.decide(self._view(k)) if usable else None
-            kernels.end_episode(s.pairs, k, int(ask.direction) if ask else 0)
+            kernels.end_episodes(s.pairs, k, s.view, usable)
             if ask:
                 self._submit(k, ask)
 
     def _submit(self, pair: int, ask: Ask) -> None:
         s = self.state
-        s.ask[:] = (ask.direction, ask.intent, ask.upbit_size_e8, ask.binance_size_e8)
+        # a size beyond 64 bits is refused like any other that makes no sense
+        sizes = (size if 0 <= size <= INT64_MAX else -1 for size in (ask.upbit_size_e8, ask.binance_size_e8))
+        s.ask[:] = (ask.direction, ask.intent, *sizes)
         kernels.submit(
-            s.books, s.px, s.qty, s.pairs, s.config, s.balance, s.locked,
-            s.orders, s.order_state, s.counters, s.decisions, pair, s.view, s.ask,
+            s.books, s.counts, s.px, s.qty, s.pairs, s.config, s.balance, s.locked,
+            s.orders, s.order_state, s.taken, s.counters, s.decisions, pair, s.view, s.ask,
         )  # fmt: skip
 
     def _view(self, pair: int) -> View:
@@ -227,9 +245,10 @@ class Engine:
         counters = s.counters[0]
         with np.errstate(over="ignore"):
             kernels.advance(
-                s.books, s.px, s.qty, s.eaten_px, s.eaten_qty, s.eaten_by, s.pairs, s.config, s.balance, s.locked,
-                s.orders, s.order_state, s.counters, s.fills, int(counters["time_ns"]) + 1,
+                s.books, s.counts, s.px, s.qty, s.eaten, s.pairs, s.config, s.balance, s.locked,
+                s.orders, s.order_state, s.taken, s.counters, s.fills, int(counters["time_ns"]) + 1,
             )  # fmt: skip
+        self._stop_on_overflow()
         left = s.orders[: counters["active"]].copy()
         left["status"][left["status"] == 0] = FillStatus.IN_FLIGHT
         count = int(counters["fills"])
@@ -243,7 +262,7 @@ class Engine:
     def books(self) -> list[dict[str, int | str]]:
         """Every book of the run: what it is, how often it was updated, and the time between its updates.
 
-        ``gap_*_ns`` come from a histogram of 1 ms; 0 where there was no gap to measure.
+        ``gap_*_ns`` come from a histogram of 1 ms (of 1 s beyond a second); 0: there was no gap, or it is beyond 10 minutes.
         """
         s = self.state
         rows: list[dict[str, int | str]] = []
@@ -257,8 +276,8 @@ class Engine:
                     "updates": int(s.books[k]["updates"]),
                     "gap_median_ns": _quantile_ns(s.gaps[k], 0.5),
                     "gap_p99_ns": _quantile_ns(s.gaps[k], 0.99),
-                    "best_bid_e8": int(s.px[k, 0, 0]) if s.books[k]["n"][0] else 0,
-                    "best_ask_e8": int(s.px[k, 1, 0]) if s.books[k]["n"][1] else 0,
+                    "best_bid_e8": int(s.px[k, 0, 0]) if s.counts[k, 0, 0] else 0,
+                    "best_ask_e8": int(s.px[k, 1, 0]) if s.counts[k, 1, 0] else 0,
                 }
             )
         return rows
@@ -293,8 +312,10 @@ class Engine:
 
 
 def _quantile_ns(histogram: NDArray[np.int64], share: float) -> int:
-    """Upper edge of the 1 ms bucket that holds the quantile; 0 for an empty histogram."""
+    """Upper edge of the bucket that holds the quantile; 0 if there is none or it lies in the last, open bucket."""
     total = int(histogram.sum())
-    if total == 0:
+    bucket = int(np.searchsorted(np.cumsum(histogram), share * total))
+    if total == 0 or bucket >= len(histogram) - 1:
         return 0
-    return (int(np.searchsorted(np.cumsum(histogram), share * total)) + 1) * 1_000_000
+    edge_ms = bucket + 1 if bucket < GAP_MS else (bucket - GAP_MS + 2) * 1_000
+    return edge_ms * 1_000_000

@@ -47,6 +47,7 @@ class Outcome(IntEnum):
     OVERFLOW = 3  # an amount does not fit in 64 bits
     ORDERS_FULL = 4  # too many orders wait to be resolved
     NO_RULES = 5  # lot and smallest order of the coin are not known
+    BAD_ASK = 6  # a policy asked for no leg, a negative size, or a part of a lot
 
 
 class FillStatus(IntEnum):
@@ -79,7 +80,7 @@ DECISION_DTYPE = np.dtype(
         ("direction", "<i1"),  # Direction
         ("intent", "<i1"),  # Intent
         ("outcome", "<i1"),  # Outcome
-        ("first_in_episode", "<i1"),  # 1: first accepted decision since the edge rose over its threshold
+        ("first_in_episode", "<i1"),  # 1: first accepted since the displayed edge rose over the lower of both thresholds
     ]
 )
 

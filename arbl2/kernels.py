@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     Rows = NDArray[Any]  # structured
 
 EATEN_CAP = 4 * MAX_LEVELS
-"""Takes remembered per book side; an order stops walking when they are used up."""
-GAP_BUCKETS = 1024
-"""Buckets of 1 ms in the histogram of time between updates of a book; the last one is "this long or longer"."""
+"""Levels per book side whose takes are remembered."""
+OUT_OF_SIGHT_NS = 60_000_000_000
+"""How long a take is remembered after its level has left the displayed window."""
+GAP_MS = 1_000
+GAP_S = 600
+"""The histogram of time between updates of a book: buckets of 1 ms up to a second, then of 1 s; the last is "or longer"."""
 
 BOOK_STATE = np.dtype(
     [
@@ -43,8 +46,6 @@ BOOK_STATE = np.dtype(
         ("conn", "<i4"),
         ("venue", "<i4"),
         ("pair", "<i4"),  # -1: of no pair
-        ("n", "<i4", (2,)),  # levels: bids, asks
-        ("eaten", "<i4", (2,)),  # takes remembered: on bids, on asks
         ("is_fx", "<i4"),
         ("connected", "<i4"),
         ("trusted", "<i4"),
@@ -86,6 +87,7 @@ COUNTERS = np.dtype(
         ("next_due_ns", "<i8"),
         ("last_decision", "<i8"),
         ("last_order", "<i8"),
+        ("overflow", "<i8"),  # order whose amount did not fit in 64 bits; the run must stop
         ("decisions", "<i8"),  # rows in the decision buffer
         ("fills", "<i8"),  # rows in the fill buffer
         ("refusals", "<i8", (8,)),  # every refusal by Outcome, written or not
@@ -99,6 +101,8 @@ VIEW = np.dtype(
         ("usable", "<i8"),  # both books ACTIVE and trusted, FX fresh
         ("sell_upbit_bps", "<f8"),  # edge of selling on Upbit and buying on Binance; NaN: a side is missing
         ("buy_upbit_bps", "<f8"),
+        ("sell_upbit_shown_bps", "<f8"),  # the same edges at the displayed prices, our own takes not subtracted
+        ("buy_upbit_shown_bps", "<f8"),
         ("upbit_bid_e8", "<i8"),  # best prices net of what we took; 0 = none
         ("upbit_ask_e8", "<i8"),
         ("binance_bid_e8", "<i8"),
@@ -116,12 +120,19 @@ _FAR = 2**62
 _CALM = 9.0e18  # amounts above this may not fit in int64
 _BID = 0
 _ASK = 1
+_LEVELS = 0  # counts[book, side, ...]: levels displayed
+_TAKES = 1  # and takes remembered
+_PX = 0  # columns of a take
+_QTY = 1
+_SEEN = 2  # when its level was last displayed
+_LARGEST = 2**63 - 1
 _IN_FLIGHT = 1
 _AWAITS = 2  # executed, waits for the first book after its arrival
 
 _BOOK = int(What.BOOK)
 _DOUBT = int(What.DOUBT)
 _CLOSED = int(What.CLOSED)
+_LOST = int(What.LOST)
 _ID_REGRESS = int(Reason.ID_REGRESS)
 _BUY = int(Side.BUY)
 _SELL = int(Side.SELL)
@@ -139,6 +150,7 @@ _NO_BALANCE = int(Outcome.NO_BALANCE)
 _OVERFLOW = int(Outcome.OVERFLOW)
 _ORDERS_FULL = int(Outcome.ORDERS_FULL)
 _NO_RULES = int(Outcome.NO_RULES)
+_BAD_ASK = int(Outcome.BAD_ASK)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -183,65 +195,90 @@ def size_for_e8(amount: int, px: int) -> int:
 
 
 @kernel
-def _eaten_at(books: Rows, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints, b: int, side: int, px: int, but: int) -> int:
-    """What our own orders (except ``but``) took from a level and the venue has not shown anew."""
-    total = 0
-    for k in range(books[b]["eaten"][side]):
-        if eaten_px[b, side, k] == px and eaten_by[b, side, k] != but:
-            total += eaten_qty[b, side, k]
-    return total
+def _eaten_at(counts: Ints, eaten: Ints, b: int, side: int, px: int) -> int:
+    """What our own orders took from a level and the venue has not shown anew."""
+    for k in range(counts[b, side, _TAKES]):
+        if eaten[b, side, k, _PX] == px:
+            return int(eaten[b, side, k, _QTY])
+    return 0
 
 
 @kernel
-def _heal_eaten(books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints, b: int, side: int) -> None:
+def _eat(counts: Ints, eaten: Ints, b: int, side: int, px: int, take: int, time_ns: int) -> None:
+    """Remember a take. A full table forgets the level farthest from the touch: all but 30 of its levels are out of sight."""
+    count = counts[b, side, _TAKES]
+    at = count
+    for k in range(count):
+        if eaten[b, side, k, _PX] == px:
+            eaten[b, side, k, _QTY] += take
+            return
+    if count < EATEN_CAP:
+        counts[b, side, _TAKES] = count + 1
+    else:
+        at = 0
+        for k in range(1, count):
+            farther = eaten[b, side, k, _PX] - eaten[b, side, at, _PX]
+            if (side == _ASK and farther > 0) or (side == _BID and farther < 0):
+                at = k
+    eaten[b, side, at, _PX] = px
+    eaten[b, side, at, _QTY] = take
+    eaten[b, side, at, _SEEN] = time_ns
+
+
+@kernel
+def _heal_eaten(counts: Ints, px: Ints, qty: Ints, eaten: Ints, b: int, side: int, time_ns: int) -> None:
     """After an update: what we took stays taken, but never more than is displayed; a level that is gone is forgotten.
 
-    A level beyond the displayed window is not known to be gone and stays remembered.
+    A level beyond the displayed window is not known to be gone and stays remembered, for ``OUT_OF_SIGHT_NS`` at most.
     """
-    n = books[b]["n"][side]
-    count = books[b]["eaten"][side]
+    n = counts[b, side, _LEVELS]
+    worst = px[b, side, n - 1] if n > 0 else 0
     keep = 0
-    for k in range(count):
-        p = eaten_px[b, side, k]
-        shown = -1
-        for j in range(n):
-            if px[b, side, j] == p:
-                shown = qty[b, side, j]
-        if shown < 0:
-            beyond = n > 0 and ((side == _BID and p < px[b, side, n - 1]) or (side == _ASK and p > px[b, side, n - 1]))
-            if not beyond:
-                continue
-        else:
-            for j in range(keep):  # earlier takes of the same level count first
-                if eaten_px[b, side, j] == p:
-                    shown -= eaten_qty[b, side, j]
-            if shown <= 0:
-                continue
-            eaten_qty[b, side, k] = min(eaten_qty[b, side, k], shown)
-        eaten_px[b, side, keep] = p
-        eaten_qty[b, side, keep] = eaten_qty[b, side, k]
-        eaten_by[b, side, keep] = eaten_by[b, side, k]
-        keep += 1
-    books[b]["eaten"][side] = keep
+    for k in range(counts[b, side, _TAKES]):
+        p = eaten[b, side, k, _PX]
+        left = eaten[b, side, k, _QTY]
+        seen = eaten[b, side, k, _SEEN]
+        if n == 0 or (side == _ASK and p <= worst) or (side == _BID and p >= worst):
+            shown = np.int64(0)
+            for j in range(n):
+                if px[b, side, j] == p:
+                    shown = qty[b, side, j]
+                    break
+            left = min(left, shown)
+            seen = time_ns
+        elif time_ns - seen > OUT_OF_SIGHT_NS:
+            left = np.int64(0)
+        if left > 0:
+            eaten[b, side, keep, _PX] = p
+            eaten[b, side, keep, _QTY] = left
+            eaten[b, side, keep, _SEEN] = seen
+            keep += 1
+    counts[b, side, _TAKES] = keep
 
 
 @kernel
-def _touch(books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints, b: int, side: int) -> int:
+def _touch(counts: Ints, px: Ints, qty: Ints, eaten: Ints, b: int, side: int) -> int:
     """Best price that still has something to take; 0 if there is none."""
-    if books[b]["eaten"][side] == 0:
-        return int(px[b, side, 0]) if books[b]["n"][side] > 0 else 0
-    for j in range(books[b]["n"][side]):
+    if counts[b, side, _TAKES] == 0:
+        return _shown(counts, px, b, side)
+    for j in range(counts[b, side, _LEVELS]):
         p = px[b, side, j]
-        if qty[b, side, j] > _eaten_at(books, eaten_px, eaten_qty, eaten_by, b, side, p, 0):
+        if qty[b, side, j] > _eaten_at(counts, eaten, b, side, p):
             return int(p)
     return 0
 
 
 @kernel
-def _depth(books: Rows, px: Ints, qty: Ints, b: int, side: int, limit: int) -> int:
+def _shown(counts: Ints, px: Ints, b: int, side: int) -> int:
+    """Best displayed price; 0 if there is none."""
+    return int(px[b, side, 0]) if counts[b, side, _LEVELS] > 0 else 0
+
+
+@kernel
+def _depth(counts: Ints, px: Ints, qty: Ints, b: int, side: int, limit: int) -> int:
     """Displayed size at ``limit`` or better (what others show; our own takes are not subtracted)."""
     total = 0
-    for j in range(books[b]["n"][side]):
+    for j in range(counts[b, side, _LEVELS]):
         p = px[b, side, j]
         if (side == _ASK and p > limit) or (side == _BID and p < limit) or total > _FAR:
             break
@@ -250,16 +287,16 @@ def _depth(books: Rows, px: Ints, qty: Ints, b: int, side: int, limit: int) -> i
 
 
 @kernel
-def _displayed_quote(books: Rows, px: Ints, qty: Ints, b: int, side: int, size: int) -> int:
+def _displayed_quote(counts: Ints, px: Ints, qty: Ints, b: int, side: int, size: int) -> int:
     """What taking ``size`` from the displayed book costs or pays, best level first; -1 on overflow."""
     left = size
     quote = 0
-    for j in range(books[b]["n"][side]):
+    for j in range(counts[b, side, _LEVELS]):
         if left == 0:
             break
         take = min(left, qty[b, side, j])
         part = notional_e8(px[b, side, j], take, side == _ASK)
-        if part < 0 or quote > _FAR:
+        if part < 0 or quote > _LARGEST - part:
             return -1
         quote += part
         left -= take
@@ -268,36 +305,37 @@ def _displayed_quote(books: Rows, px: Ints, qty: Ints, b: int, side: int, size: 
 
 @kernel
 def _walk(
-    books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints,
-    b: int, side: int, limit: int, size: int, order_id: int, take_it: bool,
+    counts: Ints, px: Ints, qty: Ints, eaten: Ints, taken: Ints,
+    b: int, side: int, limit: int, size: int, slot: int, execute: bool, time_ns: int,
 ) -> tuple[int, int, int]:  # fmt: skip
     """Take up to ``size`` at ``limit`` or better, level by level, from what is displayed and not yet eaten.
 
-    Returns (filled, quote, levels). With ``take_it`` the takes are remembered as ``order_id``'s; without it nothing changes and
-    the takes of ``order_id`` itself do not count.
+    Returns (filled, quote, levels), filled -1 if an amount does not fit in 64 bits. With ``execute`` the takes are remembered and
+    noted in ``taken[slot]`` as this order's own; without it nothing changes, and the takes noted there do not count.
     """
     filled = 0
     quote = 0
     levels = 0
-    for j in range(books[b]["n"][side]):
+    for j in range(counts[b, side, _LEVELS]):
         p = px[b, side, j]
         if filled == size or (side == _ASK and p > limit) or (side == _BID and p < limit):
             break
-        free = qty[b, side, j] - _eaten_at(books, eaten_px, eaten_qty, eaten_by, b, side, p, order_id)
+        gone = _eaten_at(counts, eaten, b, side, p)
+        if not execute:
+            for k in range(MAX_LEVELS):
+                if taken[slot, k, _PX] == p:
+                    gone -= taken[slot, k, _QTY]
+        free = qty[b, side, j] - max(gone, 0)
         if free <= 0:
             continue
         take = min(free, size - filled)
         part = notional_e8(p, take, side == _ASK)
-        if part < 0 or quote > _FAR:
-            break
-        if take_it:
-            k = books[b]["eaten"][side]
-            if k == EATEN_CAP:
-                break
-            eaten_px[b, side, k] = p
-            eaten_qty[b, side, k] = take
-            eaten_by[b, side, k] = order_id
-            books[b]["eaten"][side] = k + 1
+        if part < 0 or quote > _LARGEST - part:
+            return -1, 0, 0
+        if execute:
+            _eat(counts, eaten, b, side, p, take, time_ns)
+            taken[slot, levels, _PX] = p
+            taken[slot, levels, _QTY] = take
         filled += take
         quote += part
         levels += 1
@@ -308,7 +346,7 @@ def _walk(
 
 
 @kernel
-def _write_fill(orders: Rows, order_state: Ints, counters: Rows, fills: Rows, slot: int) -> None:
+def _write_fill(orders: Rows, order_state: Ints, taken: Ints, counters: Rows, fills: Rows, slot: int) -> None:
     """Move an order from the table to the fill events and close the gap it leaves."""
     fills[counters[0]["fills"]] = orders[slot]
     counters[0]["fills"] += 1
@@ -319,6 +357,9 @@ def _write_fill(orders: Rows, order_state: Ints, counters: Rows, fills: Rows, sl
         order_state[k, 1] = order_state[k + 1, 1]
         order_state[k, 2] = order_state[k + 1, 2]
         order_state[k, 3] = order_state[k + 1, 3]
+        for j in range(MAX_LEVELS):
+            taken[k, j, _PX] = taken[k + 1, j, _PX]
+            taken[k, j, _QTY] = taken[k + 1, j, _QTY]
     counters[0]["active"] = last
 
 
@@ -337,8 +378,8 @@ def _next_due(orders: Rows, order_state: Ints, counters: Rows) -> int:
 
 @kernel
 def _execute(
-    books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints, pairs: Rows, config: Rows,
-    balance: Ints, locked: Ints, orders: Rows, order_state: Ints, counters: Rows, fills: Rows, slot: int,
+    books: Rows, counts: Ints, px: Ints, qty: Ints, eaten: Ints, pairs: Rows, config: Rows,
+    balance: Ints, locked: Ints, orders: Rows, order_state: Ints, taken: Ints, counters: Rows, fills: Rows, slot: int,
 ) -> None:  # fmt: skip
     """An order meets the book as it stood at its arrival: walk, fee, ledger."""
     order = orders[slot]
@@ -355,17 +396,22 @@ def _execute(
     fresh = order["arrive_ns"] - books[b]["last_ns"] <= config[0]["stale_ns"]
     if books[b]["connected"] == 0 or books[b]["trusted"] == 0 or not fresh:
         order["status"] = _NO_BOOK
-        _write_fill(orders, order_state, counters, fills, slot)
+        _write_fill(orders, order_state, taken, counters, fills, slot)
         return
     side = _ASK if buys else _BID
     filled, quote, levels = _walk(
-        books, px, qty, eaten_px, eaten_qty, eaten_by, b, side, order["limit_px_e8"], order["size_e8"], order["order_id"], True
+        counts, px, qty, eaten, taken, b, side, order["limit_px_e8"], order["size_e8"], slot, True, order["arrive_ns"]
     )
+    cash_after = balance[venue, cash] // 2 + quote // 2 + 2
+    coin_after = balance[venue, coin] // 2 + filled // 2 + 2
+    if filled < 0 or cash_after > _FAR or coin_after > _FAR:
+        counters[0]["overflow"] = order["order_id"]
+        return
     order["filled_e8"] = filled
     order["quote_e8"] = quote
     order["levels"] = levels
     order["before_ns"] = books[b]["last_ns"]
-    order["before_e8"] = min(order["visible_e8"], _depth(books, px, qty, b, side, order["limit_px_e8"]))
+    order["before_e8"] = min(order["visible_e8"], _depth(counts, px, qty, b, side, order["limit_px_e8"]))
     if filled == order["size_e8"]:
         order["status"] = _FILLED
     elif filled > 0:
@@ -391,8 +437,8 @@ def _execute(
 
 @kernel
 def advance(
-    books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints, pairs: Rows, config: Rows,
-    balance: Ints, locked: Ints, orders: Rows, order_state: Ints, counters: Rows, fills: Rows, time_ns: int,
+    books: Rows, counts: Ints, px: Ints, qty: Ints, eaten: Ints, pairs: Rows, config: Rows,
+    balance: Ints, locked: Ints, orders: Rows, order_state: Ints, taken: Ints, counters: Rows, fills: Rows, time_ns: int,
 ) -> None:  # fmt: skip
     """Execute every order that arrived before ``time_ns``, in the order of arrival.
 
@@ -404,16 +450,18 @@ def advance(
         if slot < 0 or counters[0]["next_due_ns"] >= time_ns:
             break
         _execute(
-            books, px, qty, eaten_px, eaten_qty, eaten_by, pairs, config,
-            balance, locked, orders, order_state, counters, fills, slot,
+            books, counts, px, qty, eaten, pairs, config,
+            balance, locked, orders, order_state, taken, counters, fills, slot,
         )  # fmt: skip
+        if counters[0]["overflow"] != 0:
+            return
         _next_due(orders, order_state, counters)
 
 
 @kernel
 def _resolve(
-    books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints,
-    orders: Rows, order_state: Ints, counters: Rows, fills: Rows, b: int, time_ns: int, good: bool,
+    books: Rows, counts: Ints, px: Ints, qty: Ints, eaten: Ints,
+    orders: Rows, order_state: Ints, taken: Ints, counters: Rows, fills: Rows, b: int, time_ns: int, good: bool,
 ) -> None:  # fmt: skip
     """Write the executed orders of book ``b``: ``good`` if its new state is the first trusted book after their arrival."""
     slot = 0
@@ -425,15 +473,15 @@ def _resolve(
         if good and order_state[slot, 3] == books[b]["conn"]:
             side = _ASK if order["side"] == _BUY else _BID
             order["after_ns"] = time_ns
-            order["after_e8"] = min(order["visible_e8"], _depth(books, px, qty, b, side, order["limit_px_e8"]))
+            order["after_e8"] = min(order["visible_e8"], _depth(counts, px, qty, b, side, order["limit_px_e8"]))
             filled, quote, _ = _walk(
-                books, px, qty, eaten_px, eaten_qty, eaten_by,
-                b, side, order["limit_px_e8"], order["size_e8"], order["order_id"], False,
+                counts, px, qty, eaten, taken,
+                b, side, order["limit_px_e8"], order["size_e8"], slot, False, time_ns,
             )  # fmt: skip
-            order["after_filled_e8"] = filled
+            order["after_filled_e8"] = max(filled, 0)
             order["after_quote_e8"] = quote
-            order["resolved"] = 1
-        _write_fill(orders, order_state, counters, fills, slot)
+            order["resolved"] = 1 if filled >= 0 else 0
+        _write_fill(orders, order_state, taken, counters, fills, slot)
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------
@@ -441,43 +489,48 @@ def _resolve(
 
 @kernel
 def _replace_side(
-    books: Rows, px: Ints, qty: Ints, b: int, side: int, new_px: Ints, new_qty: Ints, at: int, n: int, checksum: int
-) -> int:
-    """The levels replace one side of the book; returns the checksum with them folded in."""
+    counts: Ints, px: Ints, qty: Ints, b: int, side: int, new_px: Ints, new_qty: Ints, at: int, n: int, checksum: int
+) -> Any:
+    """The levels replace one side of the book; returns the checksum with them folded in.
+
+    Sums wrap on purpose. Factors are odd, so that a change of any one level changes the sum, and differ by level, so that order
+    counts; a sum of independent products took half the time of a chain of hashes.
+    """
+    total = np.int64(n)  # int64 from the start: it wraps
     for j in range(n):
         p = new_px[at + j]
         q = new_qty[at + j]
         px[b, side, j] = p
         qty[b, side, j] = q
-        # wraps on purpose; odd factors keep every bit of every level in play
-        checksum = ((checksum ^ p) * 0x100000001B3) ^ (q * 0x1B873593)
-    books[b]["n"][side] = n
-    return checksum
+        total += (p * 0x100000001B3 + q * 0x1B873593) * (2 * j + 1)
+    counts[b, side, _LEVELS] = n
+    return (checksum ^ total) * 0x5851F42D4C957F2D
 
 
 @kernel
 def apply(
-    books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints, gaps: Ints,
-    orders: Rows, order_state: Ints, counters: Rows, fills: Rows,
+    books: Rows, counts: Ints, px: Ints, qty: Ints, eaten: Ints, gaps: Ints,
+    orders: Rows, order_state: Ints, taken: Ints, counters: Rows, fills: Rows,
     time_ns: int, venue: int, conn: int, what: int, b: int, exchange_ms: int, update_id: int,
     n_bid: int, n_ask: int, at: int, new_px: Ints, new_qty: Ints,
 ) -> bool:  # fmt: skip
     """One row changes the books. False if the row had to be doubted because its update id went back."""
-    if what == _CLOSED:
+    if what == _CLOSED or what == _LOST:  # noqa: SIM109
         for k in range(len(books)):
             if books[k]["venue"] == venue and books[k]["conn"] == conn and books[k]["connected"] == 1:
-                books[k]["connected"] = 0
-                _resolve(books, px, qty, eaten_px, eaten_qty, eaten_by, orders, order_state, counters, fills, k, time_ns, False)
+                if what == _CLOSED:
+                    books[k]["connected"] = 0
+                books[k]["trusted"] = 0
+                _resolve(books, counts, px, qty, eaten, orders, order_state, taken, counters, fills, k, time_ns, False)
         return True
     regress = what == _BOOK and update_id > 0 and conn == books[b]["conn"] and update_id < books[b]["update_id"]
-    if regress:
-        books[b]["update_id"] = update_id
     if what == _DOUBT or regress:
         books[b]["trusted"] = 0
-        _resolve(books, px, qty, eaten_px, eaten_qty, eaten_by, orders, order_state, counters, fills, b, time_ns, False)
+        _resolve(books, counts, px, qty, eaten, orders, order_state, taken, counters, fills, b, time_ns, False)
         return not regress
     if books[b]["updates"] > 0 and conn == books[b]["conn"]:
-        gaps[b, min((time_ns - books[b]["last_ns"]) // 1_000_000, GAP_BUCKETS - 1)] += 1
+        gap_ms = (time_ns - books[b]["last_ns"]) // 1_000_000
+        gaps[b, gap_ms if gap_ms < GAP_MS else min(GAP_MS - 1 + gap_ms // 1_000, GAP_MS + GAP_S - 1)] += 1
     books[b]["last_ns"] = time_ns
     books[b]["conn"] = conn
     books[b]["connected"] = 1
@@ -486,15 +539,14 @@ def apply(
     books[b]["exchange_ms"] = exchange_ms
     books[b]["updates"] += 1
     checksum = books[b]["checksum"] ^ time_ns
-    checksum = _replace_side(books, px, qty, b, _BID, new_px, new_qty, at, n_bid, checksum)
-    checksum = _replace_side(books, px, qty, b, _ASK, new_px, new_qty, at + n_bid, n_ask, checksum ^ n_bid)
+    checksum = _replace_side(counts, px, qty, b, _BID, new_px, new_qty, at, n_bid, checksum)
+    checksum = _replace_side(counts, px, qty, b, _ASK, new_px, new_qty, at + n_bid, n_ask, checksum)
     books[b]["checksum"] = checksum
-    if books[b]["eaten"][_BID] > 0:
-        _heal_eaten(books, px, qty, eaten_px, eaten_qty, eaten_by, b, _BID)
-    if books[b]["eaten"][_ASK] > 0:
-        _heal_eaten(books, px, qty, eaten_px, eaten_qty, eaten_by, b, _ASK)
     if counters[0]["active"] > 0:
-        _resolve(books, px, qty, eaten_px, eaten_qty, eaten_by, orders, order_state, counters, fills, b, time_ns, True)
+        _resolve(books, counts, px, qty, eaten, orders, order_state, taken, counters, fills, b, time_ns, True)
+    for side in (_BID, _ASK):
+        if counts[b, side, _TAKES] > 0:
+            _heal_eaten(counts, px, qty, eaten, b, side, time_ns)
     return True
 
 
@@ -502,15 +554,19 @@ def apply(
 def edge_sell_upbit_bps(upbit_bid: int, binance_ask: int, fx_ask: int) -> float:
     """Gross edge of selling a coin on Upbit and buying it on Binance, with the USDT bought back at the ask.
 
-    bid_KRW / (ask_USDT x KRW per USDT) - 1, in basis points.
+    bid_KRW / (ask_USDT x KRW per USDT) - 1, in basis points; NaN if a price is missing (0).
     """
+    if upbit_bid <= 0 or binance_ask <= 0 or fx_ask <= 0:
+        return np.nan
     cost = np.float64(binance_ask) * (np.float64(fx_ask) / _E8)
     return (np.float64(upbit_bid) / cost - 1.0) * 10_000.0
 
 
 @kernel
 def edge_buy_upbit_bps(upbit_ask: int, binance_bid: int, fx_bid: int) -> float:
-    """Gross edge of buying a coin on Upbit and selling it on Binance, with the USDT sold at the bid."""
+    """Gross edge of buying a coin on Upbit and selling it on Binance, with the USDT sold at the bid; NaN if one is missing."""
+    if upbit_ask <= 0 or binance_bid <= 0 or fx_bid <= 0:
+        return np.nan
     proceeds = np.float64(binance_bid) * (np.float64(fx_bid) / _E8)
     return (proceeds / np.float64(upbit_ask) - 1.0) * 10_000.0
 
@@ -524,7 +580,7 @@ def is_active(books: Rows, b: int, time_ns: int, stale_ns: int) -> bool:
 
 @kernel
 def look(
-    books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints, pairs: Rows, config: Rows,
+    books: Rows, counts: Ints, px: Ints, qty: Ints, eaten: Ints, pairs: Rows, config: Rows,
     pair: int, time_ns: int, seq: int, view: Rows,
 ) -> bool:  # fmt: skip
     """The aggregator: best prices of a pair on both venues and the edges in one currency. False if the pair cannot trade now."""
@@ -543,24 +599,25 @@ def look(
     v["upbit_age_ns"] = time_ns - books[u]["last_ns"]
     v["binance_age_ns"] = time_ns - books[b]["last_ns"]
     v["fx_age_ns"] = time_ns - books[f]["last_ns"]
-    upbit_bid = _touch(books, px, qty, eaten_px, eaten_qty, eaten_by, u, _BID)
-    upbit_ask = _touch(books, px, qty, eaten_px, eaten_qty, eaten_by, u, _ASK)
-    binance_bid = _touch(books, px, qty, eaten_px, eaten_qty, eaten_by, b, _BID)
-    binance_ask = _touch(books, px, qty, eaten_px, eaten_qty, eaten_by, b, _ASK)
-    fx_bid = px[f, _BID, 0] if books[f]["n"][_BID] > 0 else 0
-    fx_ask = px[f, _ASK, 0] if books[f]["n"][_ASK] > 0 else 0
+    upbit_bid = _touch(counts, px, qty, eaten, u, _BID)
+    upbit_ask = _touch(counts, px, qty, eaten, u, _ASK)
+    binance_bid = _touch(counts, px, qty, eaten, b, _BID)
+    binance_ask = _touch(counts, px, qty, eaten, b, _ASK)
+    fx_bid = _shown(counts, px, f, _BID)
+    fx_ask = _shown(counts, px, f, _ASK)
     v["upbit_bid_e8"] = upbit_bid
     v["upbit_ask_e8"] = upbit_ask
     v["binance_bid_e8"] = binance_bid
     v["binance_ask_e8"] = binance_ask
     v["fx_bid_e8"] = fx_bid
     v["fx_ask_e8"] = fx_ask
-    v["sell_upbit_bps"] = np.nan
-    v["buy_upbit_bps"] = np.nan
-    if upbit_bid > 0 and binance_ask > 0 and fx_ask > 0:
-        v["sell_upbit_bps"] = edge_sell_upbit_bps(upbit_bid, binance_ask, fx_ask)
-    if upbit_ask > 0 and binance_bid > 0 and fx_bid > 0:
-        v["buy_upbit_bps"] = edge_buy_upbit_bps(upbit_ask, binance_bid, fx_bid)
+    v["sell_upbit_bps"] = edge_sell_upbit_bps(upbit_bid, binance_ask, fx_ask)
+    v["buy_upbit_bps"] = edge_buy_upbit_bps(upbit_ask, binance_bid, fx_bid)
+    v["sell_upbit_shown_bps"] = v["sell_upbit_bps"]
+    v["buy_upbit_shown_bps"] = v["buy_upbit_bps"]
+    if counts[u, _BID, _TAKES] + counts[u, _ASK, _TAKES] + counts[b, _BID, _TAKES] + counts[b, _ASK, _TAKES] > 0:
+        v["sell_upbit_shown_bps"] = edge_sell_upbit_bps(_shown(counts, px, u, _BID), _shown(counts, px, b, _ASK), fx_ask)
+        v["buy_upbit_shown_bps"] = edge_buy_upbit_bps(_shown(counts, px, u, _ASK), _shown(counts, px, b, _BID), fx_bid)
     v["usable"] = 1
     return True
 
@@ -585,6 +642,10 @@ def threshold(pairs: Rows, pair: int, view: Rows, ask: Ints) -> bool:
     """
     v = view[0]
     p = pairs[pair]
+    least = min(p["entry_bps"], p["exit_bps"])
+    # the usual case first: sizes cost a long division
+    if not (v["sell_upbit_bps"] >= least or v["buy_upbit_bps"] >= least):
+        return False
     size = size_for_e8(p["size_krw_e8"], v["upbit_ask_e8"] if v["upbit_ask_e8"] > 0 else v["upbit_bid_e8"])
     most = size_for_e8(p["max_position_krw_e8"], v["upbit_ask_e8"] if v["upbit_ask_e8"] > 0 else v["upbit_bid_e8"])
     lot = p["lot_e8"]
@@ -625,7 +686,7 @@ def _lock_for(
 ) -> int:
     """What a leg must set aside at worst (quote currency for a buy, coin for a sell); minus an Outcome if it cannot be sent."""
     value = notional_e8(px, size, True)
-    if value < 0 or value > _FAR:
+    if value < 0 or value > _FAR or size > _FAR:
         return -_OVERFLOW
     if value < pairs[pair]["min_notional_e8"][venue]:
         return -_MIN_NOTIONAL
@@ -638,8 +699,17 @@ def _lock_for(
 
 
 @kernel
+def _is_sound(ask: Ints, lot: int) -> bool:
+    """A known direction and intent, whole lots, none negative, at least one leg."""
+    known = (ask[0] == _SELL_UPBIT or ask[0] == _BUY_UPBIT) and (ask[1] == _ENTRY or ask[1] == _EXIT)
+    whole = ask[2] >= 0 and ask[3] >= 0 and ask[2] % lot == 0 and ask[3] % lot == 0
+    return bool(known and whole and ask[2] + ask[3] > 0)
+
+
+@kernel
 def _send(
-    books: Rows, px: Ints, qty: Ints, config: Rows, locked: Ints, orders: Rows, order_state: Ints, counters: Rows,
+    books: Rows, counts: Ints, px: Ints, qty: Ints, config: Rows, locked: Ints,
+    orders: Rows, order_state: Ints, taken: Ints, counters: Rows,
     decision: Any, venue: int, b: int, side: int, limit: int, size: int, lock: int,
 ) -> int:  # fmt: skip
     """Put one leg in flight; returns its order id."""
@@ -648,7 +718,7 @@ def _send(
     counters[0]["last_order"] += 1
     order = orders[slot]
     book_side = _ASK if side == _BUY else _BID
-    depth = _depth(books, px, qty, b, book_side, limit)
+    depth = _depth(counts, px, qty, b, book_side, limit)
     visible = min(size, depth)
     order["order_id"] = counters[0]["last_order"]
     order["decision_id"] = decision["decision_id"]
@@ -658,11 +728,11 @@ def _send(
     order["edge_bps"] = decision["edge_bps"]
     order["limit_px_e8"] = limit
     order["size_e8"] = size
-    order["bid_px_e8"] = px[b, _BID, 0] if books[b]["n"][_BID] > 0 else 0
-    order["ask_px_e8"] = px[b, _ASK, 0] if books[b]["n"][_ASK] > 0 else 0
+    order["bid_px_e8"] = _shown(counts, px, b, _BID)
+    order["ask_px_e8"] = _shown(counts, px, b, _ASK)
     order["visible_e8"] = visible
     order["depth_e8"] = depth
-    order["visible_quote_e8"] = _displayed_quote(books, px, qty, b, book_side, visible)
+    order["visible_quote_e8"] = max(_displayed_quote(counts, px, qty, b, book_side, visible), 0)
     order["decision_book_ns"] = books[b]["last_ns"]
     order["filled_e8"] = 0
     order["quote_e8"] = 0
@@ -687,6 +757,8 @@ def _send(
     order_state[slot, 1] = b
     order_state[slot, 2] = lock
     order_state[slot, 3] = 0
+    for k in range(MAX_LEVELS):
+        taken[slot, k, _PX] = 0
     coin_or_cash = 0 if side == _BUY else decision["symbol"] + 1
     locked[venue, coin_or_cash] += lock
     counters[0]["next_due_ns"] = min(counters[0]["next_due_ns"], order["arrive_ns"])
@@ -695,8 +767,8 @@ def _send(
 
 @kernel
 def submit(
-    books: Rows, px: Ints, qty: Ints, pairs: Rows, config: Rows, balance: Ints, locked: Ints,
-    orders: Rows, order_state: Ints, counters: Rows, decisions: Rows, pair: int, view: Rows, ask: Ints,
+    books: Rows, counts: Ints, px: Ints, qty: Ints, pairs: Rows, config: Rows, balance: Ints, locked: Ints,
+    orders: Rows, order_state: Ints, taken: Ints, counters: Rows, decisions: Rows, pair: int, view: Rows, ask: Ints,
 ) -> None:  # fmt: skip
     """Risk check and executor: an ask becomes a decision, accepted with its legs in flight or refused with the reason.
 
@@ -711,6 +783,8 @@ def submit(
     upbit_side = _SELL if sells else _BUY
     binance_side = _BUY if sells else _SELL
     outcome = _ACCEPTED if p["lot_e8"] > 0 else _NO_RULES
+    if outcome == _ACCEPTED and not _is_sound(ask, p["lot_e8"]):
+        outcome = _BAD_ASK
     upbit_lock = 0
     binance_lock = 0
     if outcome == _ACCEPTED and counters[0]["active"] + 2 > len(orders):
@@ -756,27 +830,31 @@ def submit(
     p["refused"][way] = 0
     if ask[2] > 0:
         d["upbit_order_id"] = _send(
-            books, px, qty, config, locked, orders, order_state, counters,
+            books, counts, px, qty, config, locked, orders, order_state, taken, counters,
             d, UPBIT, p["upbit_book"], upbit_side, upbit_px, ask[2], upbit_lock,
         )  # fmt: skip
         p["in_flight"] += 1
     if ask[3] > 0:
         d["binance_order_id"] = _send(
-            books, px, qty, config, locked, orders, order_state, counters,
+            books, counts, px, qty, config, locked, orders, order_state, taken, counters,
             d, BINANCE, p["binance_book"], binance_side, binance_px, ask[3], binance_lock,
         )  # fmt: skip
         p["in_flight"] += 1
 
 
 @kernel
-def end_episode(pairs: Rows, pair: int, asked: int) -> None:
-    """An opportunity lasts while the policy goes on asking for its direction."""
-    if asked != _SELL_UPBIT:
-        pairs[pair]["episode"][0] = 0
-        pairs[pair]["refused"][0] = 0
-    if asked != _BUY_UPBIT:
-        pairs[pair]["episode"][1] = 0
-        pairs[pair]["refused"][1] = 0
+def end_episodes(pairs: Rows, pair: int, view: Rows, usable: bool) -> None:
+    """An opportunity lasts while its displayed edge stays at or over the lower of the two thresholds.
+
+    Displayed, because an edge that only our own takes have closed is still the same opportunity for everyone else.
+    """
+    p = pairs[pair]
+    least = min(p["entry_bps"], p["exit_bps"])
+    for way in range(2):
+        edge = view[0]["sell_upbit_shown_bps"] if way == 0 else view[0]["buy_upbit_shown_bps"]
+        if not usable or not edge >= least:
+            p["episode"][way] = 0
+            p["refused"][way] = 0
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -784,14 +862,15 @@ def end_episode(pairs: Rows, pair: int, asked: int) -> None:
 
 @kernel
 def run(
-    books: Rows, px: Ints, qty: Ints, eaten_px: Ints, eaten_qty: Ints, eaten_by: Ints, gaps: Ints, pairs: Rows, config: Rows,
-    balance: Ints, locked: Ints, orders: Rows, order_state: Ints, counters: Rows, decisions: Rows, fills: Rows,
+    books: Rows, counts: Ints, px: Ints, qty: Ints, eaten: Ints, gaps: Ints, pairs: Rows, config: Rows,
+    balance: Ints, locked: Ints, orders: Rows, order_state: Ints, taken: Ints, counters: Rows, decisions: Rows, fills: Rows,
     view: Rows, ask: Ints, seq: Ints, time_ns: Ints, venue: NDArray[np.uint8], conn: NDArray[np.int32],
     what: NDArray[np.uint8], reason: NDArray[np.uint8], book: NDArray[np.int32], exchange_ms: Ints, update_id: Ints,
     start: NDArray[np.int32], n_bid: NDArray[np.int16], n_ask: NDArray[np.int16], new_px: Ints, new_qty: Ints,
     first: int, last: int, use_threshold: bool,
 ) -> int:  # fmt: skip
-    """Rows ``first`` up to ``last`` of a block; returns the row to go on from when an event buffer must be emptied first.
+    """Rows ``first`` up to ``last`` of a block; returns the row to go on from when an event buffer must be emptied first, or when
+    an amount did not fit (``counters["overflow"]``).
 
     With ``use_threshold`` the compiled policy decides. Without it the loop stops after each row, for a Python policy to look.
     """
@@ -802,14 +881,17 @@ def run(
         # a frame that claims to be earlier than the one before it happened at that one's time
         t = max(time_ns[i], counters[0]["time_ns"])
         counters[0]["time_ns"] = t
-        advance(
-            books, px, qty, eaten_px, eaten_qty, eaten_by, pairs, config,
-            balance, locked, orders, order_state, counters, fills, t,
-        )  # fmt: skip
+        if counters[0]["next_due_ns"] < t:
+            advance(
+                books, counts, px, qty, eaten, pairs, config,
+                balance, locked, orders, order_state, taken, counters, fills, t,
+            )  # fmt: skip
+            if counters[0]["overflow"] != 0:
+                return i
         if what[i] == 0:
             continue
         good = apply(
-            books, px, qty, eaten_px, eaten_qty, eaten_by, gaps, orders, order_state, counters, fills,
+            books, counts, px, qty, eaten, gaps, orders, order_state, taken, counters, fills,
             t, venue[i], conn[i], what[i], book[i], exchange_ms[i], update_id[i],
             n_bid[i], n_ask[i], start[i], new_px, new_qty,
         )  # fmt: skip
@@ -825,10 +907,11 @@ def run(
         for k in range(0 if every else max(one, 0), len(pairs) if every else one + 1):
             if pairs[k]["in_flight"] > 0:
                 continue
-            asks = look(books, px, qty, eaten_px, eaten_qty, eaten_by, pairs, config, k, t, seq[i], view) and threshold(
-                pairs, k, view, ask
-            )
-            end_episode(pairs, k, ask[0] if asks else 0)
-            if asks:
-                submit(books, px, qty, pairs, config, balance, locked, orders, order_state, counters, decisions, k, view, ask)
+            usable = look(books, counts, px, qty, eaten, pairs, config, k, t, seq[i], view)
+            end_episodes(pairs, k, view, usable)
+            if usable and threshold(pairs, k, view, ask):
+                submit(
+                    books, counts, px, qty, pairs, config, balance, locked,
+                    orders, order_state, taken, counters, decisions, k, view, ask,
+                )  # fmt: skip
     return last

@@ -75,7 +75,7 @@ class Ledger:
     def closing_rate(self, side: str) -> FxQuote[Usdt, Krw] | None:
         """The rate that marks USDT at the end: the last KRW-USDT book of the tape, with its age. None: there was none."""
         book, index = self._universe.fx_book, 0 if side == "bid" else 1
-        if book < 0 or self._state.books[book]["n"][index] == 0:
+        if book < 0 or self._state.counts[book, index, 0] == 0:
             return None
         age_ns = int(self._state.counters[0]["time_ns"] - self._state.books[book]["last_ns"])
         return FxQuote(Usdt, Krw, int(self._state.px[book, index, 0]), side, "last upbit KRW-USDT book", age_ns)
@@ -86,7 +86,7 @@ class Ledger:
         if amount_e8 == 0:
             return 0
         side = 1 if amount_e8 > 0 else 0
-        if book < 0 or self._state.books[book]["n"][side] == 0:
+        if book < 0 or self._state.counts[book, side, 0] == 0:
             return None
         return amount_e8 * E8 // int(self._state.px[book, side, 0])
 
@@ -94,6 +94,6 @@ class Ledger:
         if amount_e8 == 0:
             return 0
         side = 0 if amount_e8 > 0 else 1
-        if self._state.books[book]["n"][side] == 0:
+        if self._state.counts[book, side, 0] == 0:
             return None
         return amount_e8 * int(self._state.px[book, side, 0]) // E8

@@ -18,6 +18,8 @@ from arbl2.jit import kernel
 from arbl2.updates import MAX_LEVELS, Reason, What
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     Value = Any  # an int64 of the compiled code; np.int64 when it runs as Python
@@ -35,7 +37,6 @@ _R_BOOK = np.uint8(Reason.BOOK)
 
 _POW10 = 10 ** np.arange(19, dtype=np.int64)
 _FAIL = -1
-_LARGEST = 9_223_372_036_854_775_807
 
 
 def _text(text: str) -> NDArray[np.uint8]:
@@ -70,6 +71,7 @@ _COMMA = 44
 _DOT = 46
 _ZERO = 48
 _NINE = 57
+_EXPONENT = 101
 
 
 @kernel
@@ -106,74 +108,73 @@ def _digits(data: Bytes, p: int, end: int) -> tuple[Value, int]:
 def _number_e8(data: Bytes, p: int, end: int, exact: bool) -> tuple[Value, int]:
     """A non-negative JSON number as int64 of 10^-8: (value, position after it), position -1 if it is not plain enough.
 
-    At most 18 significant digits and a two-digit exponent; anything else is left to the strict decoder. ``exact`` refuses
-    digits below the scale, otherwise they are cut off.
+    At most 18 digits and a two-digit exponent; anything else is left to the strict decoder. ``exact`` refuses digits below the
+    scale, otherwise they are cut off.
     """
     value = np.int64(0)
     first = p
-    count = 0  # digits of value after leading zeros
     while p < end:
-        c = np.int64(data[p])
-        if c < _ZERO or c > _NINE:
+        c = np.int64(data[p]) - _ZERO
+        if c < 0 or c > 9:
             break
-        value = value * 10 + (c - _ZERO)
-        if value > 0:
-            count += 1
-            if count > 18:
-                return value, _FAIL
+        value = value * 10 + c
         p += 1
-    if p == first or (p - first > 1 and np.int64(data[first]) == _ZERO):
+    digits = p - first
+    if digits == 0 or digits > 18 or (digits > 1 and np.int64(data[first]) == _ZERO):
         return value, _FAIL
     scale = 8
     if p < end and np.int64(data[p]) == _DOT:
         p += 1
         point = p
         while p < end:
-            c = np.int64(data[p])
-            if c < _ZERO or c > _NINE:
+            c = np.int64(data[p]) - _ZERO
+            if c < 0 or c > 9:
                 break
-            value = value * 10 + (c - _ZERO)
-            if value > 0:
-                count += 1
-                if count > 18:
-                    return value, _FAIL
+            value = value * 10 + c
             p += 1
-        if p == point:
+        digits += p - point
+        if p == point or digits > 18:
             return value, _FAIL
         scale -= p - point
-    if p < end and (np.int64(data[p]) == 69 or np.int64(data[p]) == 101):  # E e
-        p += 1
-        sign = 1
-        if p < end and (np.int64(data[p]) == 43 or np.int64(data[p]) == 45):  # + -
-            if np.int64(data[p]) == 45:
-                sign = -1
-            p += 1
-        point = p
-        exponent = 0
-        while p < end and p - point < 3:
-            c = np.int64(data[p])
-            if c < _ZERO or c > _NINE:
-                break
-            exponent = exponent * 10 + int(c - _ZERO)
-            p += 1
-        if p == point or p - point == 3:
+    if p < end and (np.int64(data[p]) | 32) == _EXPONENT:
+        exponent, p = _exponent(data, p + 1, end)
+        if p < 0:
             return value, _FAIL
-        scale += sign * exponent
-    if value == 0:
+        scale += exponent
+    if scale == 0 or value == 0:
         return value, p
-    if scale >= 0:
-        if scale > 18 or value > _LARGEST // _POW10[scale]:
+    if scale > 0:
+        if digits + scale > 18:
             return value, _FAIL
         return value * _POW10[scale], p
     if scale < -18:
-        if exact:
-            return value, _FAIL
-        return np.int64(0), p
+        return np.int64(0), -1 if exact else p
     unit = _POW10[-scale]
     whole = value // unit
     if exact and whole * unit != value:
         return value, _FAIL
     return whole, p
+
+
+@kernel
+def _exponent(data: Bytes, p: int, end: int) -> tuple[int, int]:
+    """The signed exponent of a number, one or two digits: (value, position after it), position -1 if there is none."""
+    sign = 1
+    if p < end and (np.int64(data[p]) == 43 or np.int64(data[p]) == 45):  # + -
+        if np.int64(data[p]) == 45:
+            sign = -1
+        p += 1
+    first = p
+    value = 0
+    while p < end:
+        c = np.int64(data[p]) - _ZERO
+        if c < 0 or c > 9:
+            break
+        value = value * 10 + int(c)
+        p += 1
+        if p - first > 2:
+            return 0, _FAIL
+    return sign * value, p if p > first else _FAIL
 
 
 @kernel
@@ -254,91 +255,104 @@ def settle(px: Ints, qty: Ints, start: int, n: int, ask_at: int, m: int, totals:
     return n_bid, n_ask, reason
 
 
-@kernel
-def _upbit_frame(
-    data: Bytes,
-    s: int,
-    end: int,
-    simple: int,
-    slots: Ints,
-    names: Bytes,
-    name_ends: Ints,
-    px: Ints,
-    qty: Ints,
-    at: int,
-    totals: Ints,
-) -> tuple[int, int, int]:
-    """One Upbit order book: (units, book, exchange_ms), units -1 if it is not of the exact grammar.
-
-    Bids are written at ``at``, asks at ``at + MAX_LEVELS``.
+def _upbit_grammar(spelling: int) -> Callable[..., tuple[int, int, Value]]:
+    """The kernel for one of Upbit's two spellings. Its words are constants of the compiled code: compared eight bytes at a time,
+    a third faster than words chosen at run time.
     """
-    p = _literal(data, s, end, _U_HEAD[simple])
-    if p < 0:
-        return _FAIL, -1, 0
-    name = p
-    while p < end and p - name < 24:
-        c = np.int64(data[p])
-        if not (65 <= c <= 90 or _ZERO <= c <= _NINE or c == 45):  # A-Z 0-9 -
-            break
-        p += 1
-    book = _find_book(data, name, p, slots, names, name_ends)
-    p = _literal(data, p, end, _U_TIME[simple])
-    if p < 0:
-        return _FAIL, -1, 0
-    exchange_ms, p = _digits(data, p, end)
-    p = _literal(data, p, end, _U_TAS[simple])
-    if p < 0:
-        return _FAIL, -1, 0
-    totals[1], p = _number_e8(data, p, end, False)
-    p = _literal(data, p, end, _U_TBS[simple])
-    if p < 0:
-        return _FAIL, -1, 0
-    totals[0], p = _number_e8(data, p, end, False)
-    p = _literal(data, p, end, _U_UNITS[simple])
-    if p < 0:
-        return _FAIL, -1, 0
-    units = 0
-    more = True
-    while more:
-        if units == MAX_LEVELS:
-            return _FAIL, -1, 0
-        p = _literal(data, p, end, _U_AP[simple])
+    head, time, ask_total, bid_total, units_at = (w[spelling] for w in (_U_HEAD, _U_TIME, _U_TAS, _U_TBS, _U_UNITS))
+    ask_price, bid_price, ask_size, bid_size = (w[spelling] for w in (_U_AP, _U_BP, _U_AS, _U_BS))
+    stream, level = _U_STREAM[spelling], _U_LEVEL[spelling]
+
+    @kernel
+    def frame(
+        data: Bytes,
+        s: int,
+        end: int,
+        slots: Ints,
+        names: Bytes,
+        name_ends: Ints,
+        px: Ints,
+        qty: Ints,
+        at: int,
+        totals: Ints,
+    ) -> tuple[int, int, int]:
+        """One Upbit order book: (units, book, exchange_ms), units -1 if it is not of the exact grammar.
+
+        Bids are written at ``at``, asks at ``at + MAX_LEVELS``.
+        """
+        p = _literal(data, s, end, head)
         if p < 0:
             return _FAIL, -1, 0
-        px[at + MAX_LEVELS + units], p = _number_e8(data, p, end, True)
-        p = _literal(data, p, end, _U_BP[simple])
-        if p < 0:
-            return _FAIL, -1, 0
-        px[at + units], p = _number_e8(data, p, end, True)
-        p = _literal(data, p, end, _U_AS[simple])
-        if p < 0:
-            return _FAIL, -1, 0
-        qty[at + MAX_LEVELS + units], p = _number_e8(data, p, end, False)
-        p = _literal(data, p, end, _U_BS[simple])
-        if p < 0:
-            return _FAIL, -1, 0
-        qty[at + units], p = _number_e8(data, p, end, False)
-        if p < 0 or p + 1 >= end or np.int64(data[p]) != 125:  # }
-            return _FAIL, -1, 0
-        p += 1
-        units += 1
-        more = np.int64(data[p]) == _COMMA
-        if more:
+        name = p
+        while p < end and p - name < 24:
+            c = np.int64(data[p])
+            if not (65 <= c <= 90 or _ZERO <= c <= _NINE or c == 45):  # A-Z 0-9 -
+                break
             p += 1
-    p = _literal(data, p, end, _U_STREAM[simple])
-    if p < 0:
+        book = _find_book(data, name, p, slots, names, name_ends)
+        p = _literal(data, p, end, time)
+        if p < 0:
+            return _FAIL, -1, 0
+        exchange_ms, p = _digits(data, p, end)
+        p = _literal(data, p, end, ask_total)
+        if p < 0:
+            return _FAIL, -1, 0
+        totals[1], p = _number_e8(data, p, end, False)
+        p = _literal(data, p, end, bid_total)
+        if p < 0:
+            return _FAIL, -1, 0
+        totals[0], p = _number_e8(data, p, end, False)
+        p = _literal(data, p, end, units_at)
+        if p < 0:
+            return _FAIL, -1, 0
+        units = 0
+        more = True
+        while more:
+            if units == MAX_LEVELS:
+                return _FAIL, -1, 0
+            p = _literal(data, p, end, ask_price)
+            if p < 0:
+                return _FAIL, -1, 0
+            px[at + MAX_LEVELS + units], p = _number_e8(data, p, end, True)
+            p = _literal(data, p, end, bid_price)
+            if p < 0:
+                return _FAIL, -1, 0
+            px[at + units], p = _number_e8(data, p, end, True)
+            p = _literal(data, p, end, ask_size)
+            if p < 0:
+                return _FAIL, -1, 0
+            qty[at + MAX_LEVELS + units], p = _number_e8(data, p, end, False)
+            p = _literal(data, p, end, bid_size)
+            if p < 0:
+                return _FAIL, -1, 0
+            qty[at + units], p = _number_e8(data, p, end, False)
+            if p < 0 or p + 1 >= end or np.int64(data[p]) != 125:  # }
+                return _FAIL, -1, 0
+            p += 1
+            units += 1
+            more = np.int64(data[p]) == _COMMA
+            if more:
+                p += 1
+        p = _literal(data, p, end, stream)
+        if p < 0:
+            return _FAIL, -1, 0
+        after = _literal(data, p, end, _U_REALTIME)
+        if after < 0:
+            after = _literal(data, p, end, _U_SNAPSHOT)
+        if after < 0:
+            return _FAIL, -1, 0
+        # "level" was added in 2024; older recordings end here
+        if after + 1 == end and np.int64(data[after]) == 125:
+            return units, book, exchange_ms
+        if _literal(data, after, end, level) == end:
+            return units, book, exchange_ms
         return _FAIL, -1, 0
-    after = _literal(data, p, end, _U_REALTIME)
-    if after < 0:
-        after = _literal(data, p, end, _U_SNAPSHOT)
-    if after < 0:
-        return _FAIL, -1, 0
-    # "level" was added in 2024; older recordings end here
-    if after + 1 == end and np.int64(data[after]) == 125:
-        return units, book, exchange_ms
-    if _literal(data, after, end, _U_LEVEL[simple]) == end:
-        return units, book, exchange_ms
-    return _FAIL, -1, 0
+
+    return frame
+
+
+_upbit_default = _upbit_grammar(0)
+_upbit_simple = _upbit_grammar(1)
 
 
 @kernel
@@ -382,6 +396,8 @@ def _binance_frame(
         if not (97 <= c <= 122 or _ZERO <= c <= _NINE):  # a-z 0-9
             break
         p += 1
+    if p == name:
+        return _FAIL, 0, -1, 0
     book = _find_book(data, name, p, slots, names, name_ends)
     p = _literal(data, p, end, _B_DEPTH)
     if p < 0:
@@ -455,17 +471,19 @@ def scan_upbit(
     px: Ints,
     qty: Ints,
     cursor: Ints,
+    totals: Ints,
 ) -> None:
     """Scan the frames ``rows`` of a block into update columns; rows of another grammar become UNREAD."""
-    totals = np.zeros(2, np.int64)
     at = cursor[0]
     for r in range(len(rows)):
         i = rows[r]
         s = int(offsets[i])
         end = int(offsets[i + 1])
         # {"type": and {"ty": differ in their fifth byte
-        simple = 1 if end - s > 4 and np.int64(data[s + 4]) == _QUOTE else 0
-        units, known, ms = _upbit_frame(data, s, end, simple, slots, names, name_ends, px, qty, at, totals)
+        if end - s > 4 and np.int64(data[s + 4]) == _QUOTE:
+            units, known, ms = _upbit_simple(data, s, end, slots, names, name_ends, px, qty, at, totals)
+        else:
+            units, known, ms = _upbit_default(data, s, end, slots, names, name_ends, px, qty, at, totals)
         if units < 0:
             what[i] = _UNREAD
             continue
@@ -496,9 +514,9 @@ def scan_binance(
     px: Ints,
     qty: Ints,
     cursor: Ints,
+    totals: Ints,
 ) -> None:
     """Scan the frames ``rows`` of a block into update columns; rows of another grammar become UNREAD."""
-    totals = np.full(2, -1, np.int64)
     at = cursor[0]
     for r in range(len(rows)):
         i = rows[r]

@@ -31,6 +31,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,10 +52,15 @@ TAPE_VERSION = 1
 MANIFEST = "manifest.json"
 SEGMENTS = "segments"
 LOG = "log"
+RECOVERED = "recovered"
+"""State of a session whose recorder was killed: a torn or damaged part of its log may have left a hole in ``seq``."""
+SESSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MAX_NS = 2**62
 ROW_GROUP_ROWS = 8_192
 ROW_GROUP_BYTES = 16 * 2**20
 MAX_GROUP_BYTES = 256 * 2**20
 """A larger row group was not written by arbl2, and would let a foreign file take memory without bound."""
+MAX_GROUP_ROWS = 2**20
 ZSTD_LEVEL = 9
 
 _DICT = pa.dictionary(pa.int8(), pa.string())
@@ -131,10 +137,25 @@ def load_manifest(session_dir: Path) -> Manifest:
         raise TapeError(
             f"{path} is tape version {manifest.tape_version}; this arbl2 reads version {TAPE_VERSION}. Use a matching arbl2."
         )
+    _check_manifest(path, manifest)
+    return manifest
+
+
+def _check_manifest(path: Path, manifest: Manifest) -> None:
+    if not SESSION_NAME.fullmatch(manifest.session):
+        raise TapeError(f"{path} has a session name that cannot be a folder's ({manifest.session[:40]!r}). Do not trust it.")
+    if not (0 <= manifest.anchor_wall_ns < _MAX_NS and -_MAX_NS < manifest.anchor_mono_ns < _MAX_NS):
+        raise TapeError(f"{path} has a clock anchor that no clock shows. Restore it from a copy of the recording.")
+    last_seq = 0
     for segment in manifest.segments:
         if Path(segment.file).name != segment.file:
             raise TapeError(f"{path} names a segment outside its folder ({segment.file!r}). Do not trust this recording.")
-    return manifest
+        if segment.first_seq != last_seq + 1 and (manifest.state != RECOVERED or segment.first_seq <= last_seq):
+            raise TapeError(
+                f"{path} lists no segment with frames {last_seq + 1:,} to {segment.first_seq - 1:,}. "
+                "Restore the recording from a copy."
+            )
+        last_seq = segment.last_seq
 
 
 def save_manifest(session_dir: Path, manifest: Manifest) -> None:
@@ -171,6 +192,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _anchor_json(anchor: Anchor) -> bytes:
+    return msgspec.json.encode({"wall_ns": anchor.wall_ns, "mono_ns": anchor.mono_ns})
+
+
 class SegmentWriter:
     """Frames in, one sealed Parquet segment out.
 
@@ -189,9 +214,8 @@ class SegmentWriter:
         self._rows = 0
         self._first: tuple[int, int] | None = None
         self._last = (0, 0)
-        anchor_json = msgspec.json.encode({"wall_ns": anchor.wall_ns, "mono_ns": anchor.mono_ns})
         self._schema = SCHEMA.with_metadata(
-            {"arbl2.tape": str(TAPE_VERSION), "arbl2.session": session, "arbl2.anchor": anchor_json}
+            {"arbl2.tape": str(TAPE_VERSION), "arbl2.session": session, "arbl2.anchor": _anchor_json(anchor)}
         )
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -320,21 +344,22 @@ class TapeReader:
 
     def blocks(self) -> Iterator[FrameBlock]:
         """Every row group as a FrameBlock. Raises TapeError naming the file and row group that cannot be read."""
-        last_seq = 0
         for segment in self.manifest.segments:
             path = self._segment_path(segment)
-            rows = 0
-            for group, batch in _record_batches(path):
+            rows, last_seq = 0, segment.first_seq - 1
+            for group, batch in _record_batches(path, self.manifest):
                 block = block_from_arrow(batch, self.anchor, where=f"{path} row group {group}")
                 if len(block) == 0:
                     continue
-                if int(block.seq[0]) <= last_seq or bool(np.any(np.diff(block.seq) <= 0)):
-                    raise TapeError(f"{path} row group {group}: seq is not increasing. The recording is damaged; restore it.")
-                last_seq = int(block.seq[-1])
-                rows += len(block)
+                steps = np.diff(block.seq, prepend=last_seq)
+                if bool(np.any(steps < 1)) or (self.manifest.state != RECOVERED and bool(np.any(steps > 1))):
+                    raise TapeError(
+                        f"{path} row group {group} lacks frames, or has them in the wrong order. Restore it from a copy."
+                    )
+                rows, last_seq = rows + len(block), int(block.seq[-1])
                 yield block
-            if rows != segment.rows:
-                raise TapeError(f"{path} holds {rows:,} frames, the manifest says {segment.rows:,}. Restore it from a copy.")
+            if (rows, last_seq) != (segment.rows, segment.last_seq):
+                raise TapeError(f"{path} holds other frames than its manifest says. Restore it from a copy of the recording.")
 
     def frames(self) -> Iterator[Frame]:
         """Every frame, one at a time (slow; for tools and tests)."""
@@ -342,17 +367,13 @@ class TapeReader:
             yield from block.frames()
 
 
-def _record_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
+def _record_batches(path: Path, manifest: Manifest) -> Iterator[tuple[int, pa.RecordBatch]]:
     group = -1
     try:
         with pq.ParquetFile(path) as file:
-            _check_schema(path, file.schema_arrow)
+            _check_schema(path, file.schema_arrow, manifest)
             for group in range(file.metadata.num_row_groups):
-                size = file.metadata.row_group(group).total_byte_size
-                if size > MAX_GROUP_BYTES:
-                    raise TapeError(
-                        f"{path} row group {group} claims {size:,} bytes; arbl2 writes none beyond {MAX_GROUP_BYTES:,}."
-                    )
+                _check_size(path, group, file.metadata.row_group(group))
                 table = file.read_row_group(group, use_threads=True).combine_chunks()
                 for batch in table.to_batches():
                     yield group, batch
@@ -362,12 +383,27 @@ def _record_batches(path: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
         raise TapeError(f"{where} cannot be read ({reason}). Restore it from a copy of the recording.") from None
 
 
-def _check_schema(path: Path, schema: pa.Schema) -> None:
-    version = (schema.metadata or {}).get(b"arbl2.tape", b"").decode("ascii", "replace")
+def _check_size(path: Path, group: int, found: pq.RowGroupMetaData) -> None:
+    """Refuse what arbl2 never writes and what would let a small foreign file take memory without bound."""
+    payload = found.column(SCHEMA.get_field_index("payload"))
+    by_reference = any("DICTIONARY" in encoding for encoding in payload.encodings)
+    if found.total_byte_size > MAX_GROUP_BYTES or found.num_rows > MAX_GROUP_ROWS or by_reference:
+        raise TapeError(
+            f"{path} row group {group} was not written by arbl2: {found.num_rows:,} rows, {found.total_byte_size:,} bytes"
+            f"{', payloads by reference' if by_reference else ''}. Record or import the data anew."
+        )
+
+
+def _check_schema(path: Path, schema: pa.Schema, manifest: Manifest) -> None:
+    metadata = schema.metadata or {}
+    version = metadata.get(b"arbl2.tape", b"").decode("ascii", "replace")
     if version != str(TAPE_VERSION):
         raise TapeError(f"{path} is not an arbl2 tape of version {TAPE_VERSION} (found {version!r}).")
     if not schema.equals(SCHEMA, check_metadata=False):
         raise TapeError(f"{path} has other columns than tape version {TAPE_VERSION}. It is damaged or foreign.")
+    stated = (metadata.get(b"arbl2.session", b"").decode("utf-8", "replace"), metadata.get(b"arbl2.anchor", b""))
+    if stated != (manifest.session, _anchor_json(manifest.anchor)):
+        raise TapeError(f"{path} belongs to another session, or another clock, than its manifest. Restore both from one copy.")
 
 
 def block_from_arrow(batch: pa.RecordBatch, anchor: Anchor, *, where: str = "tape") -> FrameBlock:
@@ -437,10 +473,11 @@ def _codes(column: pa.DictionaryArray, codes: dict[str, int], where: str) -> Any
 
 
 def sessions(root: Path) -> list[Path]:
-    """Session folders below ``root``, oldest first (their names begin with the UTC start time)."""
+    """Session folders below ``root``, the one written last at the end."""
     if not root.is_dir():
         return []
-    return sorted(path.parent for path in root.glob(f"*/{MANIFEST}"))
+    manifests = root.glob(f"*/{MANIFEST}")
+    return [path.parent for path in sorted(manifests, key=lambda path: (path.stat().st_mtime_ns, path.parent.name))]
 
 
 def find_session(tape: Path | None, root: Path) -> Path:

@@ -26,6 +26,7 @@ class What(IntEnum):
     BOOK = 1  # the levels replace book ``book``
     DOUBT = 2  # the frame concerns ``book`` but cannot be trusted: the book makes no decisions until a good frame heals it
     CLOSED = 3  # the connection ended: books it fed are DISCONNECTED
+    LOST = 4  # the recorder had to drop messages of the connection: its books are in doubt until their next frame
     UNREAD = 255  # not of the scanner's exact grammar: the strict decoder has to read it
 
 
@@ -67,6 +68,7 @@ class Reason(IntEnum):
     CROSSED = 38
     TOTAL_MISMATCH = 39  # level sizes do not add up to the totals that the venue states
     ID_REGRESS = 40  # Binance lastUpdateId went back within a connection
+    BAD_RULES = 41  # an exchangeInfo body that cannot be read: the rules known before stay
 
     @property
     def label(self) -> str:

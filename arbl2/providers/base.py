@@ -75,11 +75,12 @@ class Provider(ABC):
     def __init__(self, books: Mapping[str, int], *, scanner: bool = True) -> None:
         self.books = dict(books)
         self._scanner = scanner
-        names = [self.wire_name(name).encode("ascii") for name in self.books]
+        names = [self.wire_name(name).encode() for name in self.books]
         self._name_ends = np.zeros(len(names) + 1, np.int64)
         np.cumsum([len(name) for name in names], out=self._name_ends[1:])
         self._names = np.frombuffer(b"".join(names) or b"\0", dtype=np.uint8)
         self._book_ids = np.array(list(self.books.values()) or [0], np.int32)
+        self._totals = np.full(2, -1, np.int64)  # room for the totals of a frame; -1 where a venue states none
         self._slots = np.zeros(max(16, 4 * len(names)), np.int64)
         for index in range(len(names)):
             slot = instrument_hash(self._names, self._name_ends[index], self._name_ends[index + 1]) % len(self._slots)
@@ -108,7 +109,8 @@ class Provider(ABC):
         if self._scanner:
             type(self)._scan(
                 block.data, block.offsets, rows, self._slots, self._names, self._name_ends, self._book_ids,
-                u.what, u.reason, u.book, u.exchange_ms, u.update_id, u.start, u.n_bid, u.n_ask, u.px_e8, u.qty_e8, u.cursor,
+                u.what, u.reason, u.book, u.exchange_ms, u.update_id, u.start, u.n_bid, u.n_ask, u.px_e8, u.qty_e8,
+                u.cursor, self._totals,
             )  # fmt: skip
         else:
             u.what[rows] = What.UNREAD

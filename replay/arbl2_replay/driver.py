@@ -92,6 +92,10 @@ def replay(
     config = config or RunConfig()
     pacer = Pacer(Speed.parse(speed) if isinstance(speed, str) else speed)
     reader = TapeReader(Path(tape))
+    if reader.manifest.state == "recording":
+        raise TapeError(
+            f"{tape} is being recorded, or its recorder was killed. Stop it, or run `arbl2 recover {Path(tape).parent}`."
+        )
     if check_hashes:
         reader.verify_hashes()
     blocks = read_ahead(reader)

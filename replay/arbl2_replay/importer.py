@@ -34,7 +34,7 @@ import msgspec
 
 from arbl2.errors import ConfigError, StorageError, TapeError
 from arbl2.frames import ExchangeId, Frame, FrameKind, Op
-from arbl2.tape import TAPE_VERSION, Manifest, save_manifest, sha256_of, write_session
+from arbl2.tape import SESSION_NAME, TAPE_VERSION, Manifest, save_manifest, sha256_of, write_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -53,7 +53,6 @@ _CHUNK_BYTES = 2**18
 _HEAD_LINES = 20
 _GZIP_MAGIC = b"\x1f\x8b"
 _STAMPED = re.compile(rb"([0-9]{19}) (.+)", re.DOTALL)
-_SESSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _NS_RANGE = range(10**18, 2**63)  # 2001 to 2262: a stamp in another unit is refused instead of misread
 
 
@@ -83,7 +82,7 @@ def import_capture(source: Path, root: Path, *, session: str | None = None) -> I
     Raises TapeError for a file that is missing, empty, foreign or damaged inside, ConfigError for a session name that
     cannot be used or exists already, StorageError when the folder cannot be written.
     """
-    if session is not None and not _SESSION_NAME.fullmatch(session):
+    if session is not None and not SESSION_NAME.fullmatch(session):
         raise ConfigError(f"{session!r} cannot name a session. Use letters, digits, dots, dashes and underscores.")
     with _opened(source) as stream:
         lines = _lines(stream, source)

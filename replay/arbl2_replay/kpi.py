@@ -1,9 +1,13 @@
 """Key figures of a run, added up as the events are drained, in integers.
 
-PnL is what changed in each account, in its own currency, plus two totals (KRW, USDT) in which what is not in that currency is
-marked at the closing books: what we have too much of at the bid, what we lack at the ask. The band replaces each leg's fill by
-the fill it would have had against the book *after* its arrival, with missing coin valued at the mid of the decision: pessimistic
-takes the worse of the two for every leg, optimistic the better.
+PnL is what changed in each account, in its own currency. A total in KRW or USDT nets every other currency over the whole run
+first and marks what is left once, at the closing books: what we have too much of at the bid, what we lack at the ask. Per coin the
+same is done for that coin alone, so those figures do not add up to the total: flows that offset each other need no conversion.
+
+The band replaces each leg's fill at the book before its arrival (B-): *expected* weighs the book after it (B+) by how far between
+the two the order arrived, *pessimistic* and *optimistic* take the worse and the better of the two for every leg. Coin that is
+filled in one and not in the other is valued at the mid of the decision. Legs without a B+ count as filled at B- and are said to be
+unresolved.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from arbl2.ledger import QUOTE
 from arbl2.money import E8, format_e8
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from arbl2.engine import Engine, Events
 
 
@@ -33,11 +39,13 @@ class _Legs:
     fee_coin: int = 0
     notional_at_mid: int = 0
     slippage: int = 0
+    likely: int = 0
     worse: int = 0
     better: int = 0
     resolved: int = 0
+    unpriced: int = 0
 
-    def add(self, fill: Any) -> None:
+    def add(self, fill: Any, fee_ppm: int) -> None:
         buys = int(fill["side"]) == Side.BUY
         filled, quote, fee = int(fill["filled_e8"]), int(fill["quote_e8"]), int(fill["fee_e8"])
         mid_twice = int(fill["bid_px_e8"]) + int(fill["ask_px_e8"])
@@ -51,6 +59,9 @@ class _Legs:
             self.fee_coin += fee
         else:
             self.fee_cash += fee
+        if not fill["bid_px_e8"] or not fill["ask_px_e8"]:
+            self.unpriced += 1  # without both sides there is no mid to measure from
+            return
         at_mid = filled * mid_twice // (2 * E8)
         self.notional_at_mid += at_mid
         self.slippage += quote - at_mid if buys else at_mid - quote
@@ -59,9 +70,11 @@ class _Legs:
             extra = int(fill["after_filled_e8"]) - filled
             paid = int(fill["after_quote_e8"]) - quote
             gain = extra * mid_twice // (2 * E8) - paid
-            change = gain if buys else -gain
+            change = (gain if buys else -gain) - paid * fee_ppm // 1_000_000
             self.worse += min(change, 0)
             self.better += max(change, 0)
+            span = int(fill["after_ns"]) - int(fill["before_ns"])
+            self.likely += change * (int(fill["arrive_ns"]) - int(fill["before_ns"])) // span
 
     def count(self, status: FillStatus) -> int:
         return self.status.get(int(status), 0)
@@ -91,61 +104,74 @@ class Kpi:
             row["entries" if int(decision["intent"]) == Intent.ENTRY else "exits"] += 1
             row["episodes"] += int(decision["first_in_episode"])
         for fill in events.fills:
-            self._legs[int(fill["symbol"]), int(fill["venue"])].add(fill)
+            venue = int(fill["venue"])
+            self._legs[int(fill["symbol"]), venue].add(fill, int(self._engine.state.config[0]["fee_ppm"][venue]))
 
     def result(self) -> dict[str, Any]:
         """Everything as plain JSON values; amounts as decimal text in the currency named."""
-        symbols = [self._symbol(k, name) for k, name in enumerate(self._engine.universe.symbols)]
-        totals = [row.pop("_pnl_krw") for row in symbols]
-        bands = [row.pop("_band") for row in symbols]
-        usdt = self._engine.ledger.krw_to_usdt
-        fx = {side: self._engine.ledger.closing_rate(side) for side in ("bid", "ask")}
-        total = None if None in totals else sum(totals)
-        band = None if total is None or None in bands else (sum(b[0] for b in bands), sum(b[1] for b in bands))
+        ledger, names = self._engine.ledger, self._engine.universe.symbols
+        changes = ledger.changes()
+        coins = [sum(changes[VENUES[venue]][name] for venue in (UPBIT, BINANCE)) for name in names]
+        total = self._total(changes[VENUES[UPBIT]]["KRW"], changes[VENUES[BINANCE]]["USDT"], coins)
+        fx = {side: ledger.closing_rate(side) for side in ("bid", "ask")}
+        legs = list(self._legs.values())
         return {
-            "symbols": symbols,
-            "decisions": sum(row["decisions"]["accepted"] for row in symbols),
+            "symbols": [self._symbol(k, name) for k, name in enumerate(names)],
+            "decisions": sum(row["accepted"] for row in self._decisions),
             "refused_asks": self._engine.refusals(),
-            "legs": sum(leg.legs for leg in self._legs.values()),
-            "legs_filled": sum(leg.count(FillStatus.FILLED) for leg in self._legs.values()),
-            "legs_partial": sum(leg.count(FillStatus.PARTIAL) for leg in self._legs.values()),
-            "pnl_krw": _text(total, 2),
-            "pnl_usdt": _text(None if total is None else usdt(total), 4),
-            "pnl_krw_band": None
-            if band is None
-            else {"pessimistic": _text(total + band[0], 2), "optimistic": _text(total + band[1], 2)},
+            "legs": sum(leg.legs for leg in legs),
+            "legs_filled": sum(leg.count(FillStatus.FILLED) for leg in legs),
+            "legs_partial": sum(leg.count(FillStatus.PARTIAL) for leg in legs),
+            "legs_unresolved": sum(leg.legs - leg.resolved for leg in legs),
+            "pnl_krw": _text(total[0], 2),
+            "pnl_usdt": _text(total[1], 4),
+            "pnl_krw_band": self._band(total[0]),
             "marks": {
                 "coins": "closing Upbit book, surplus at the bid, shortage at the ask",
                 "fx": {side: str(quote) if quote else "none: no KRW-USDT book on the tape" for side, quote in fx.items()},
             },
-            "balance_changes": {
-                venue: {name: _text(value, 8) for name, value in row.items()}
-                for venue, row in self._engine.ledger.changes().items()
-            },
+            "balance_changes": {venue: {name: _text(value, 8) for name, value in row.items()} for venue, row in changes.items()},
         }
 
-    def _symbol(self, k: int, name: str) -> dict[str, Any]:
+    def _total(self, krw: int, usdt: int, coins: Sequence[int]) -> tuple[int | None, int | None]:
+        """Changes as one sum in KRW and one in USDT; None where a book to mark at is missing."""
         ledger = self._engine.ledger
+        marks = [ledger.mark_krw(k, coin) for k, coin in enumerate(coins)]
+        usdt_in_krw = ledger.usdt_to_krw(usdt)
+        if None in marks:
+            return None, None
+        krw += sum(mark for mark in marks if mark is not None)
+        krw_in_usdt = ledger.krw_to_usdt(krw)
+        return None if usdt_in_krw is None else krw + usdt_in_krw, None if krw_in_usdt is None else usdt + krw_in_usdt
+
+    def _band(self, total: int | None) -> dict[str, str | None] | None:
+        if total is None:
+            return None
+        band: dict[str, str | None] = {}
+        for name, part in (("pessimistic", "worse"), ("expected", "likely"), ("optimistic", "better")):
+            sums = {
+                venue: sum(getattr(legs, part) for (_, v), legs in self._legs.items() if v == venue) for venue in (UPBIT, BINANCE)
+            }
+            usdt = self._engine.ledger.usdt_to_krw(sums[BINANCE])
+            band[name] = None if usdt is None else _text(total + sums[UPBIT] + usdt, 2)
+        return band
+
+    def _symbol(self, k: int, name: str) -> dict[str, Any]:
         upbit, binance = self._legs[k, UPBIT], self._legs[k, BINANCE]
-        cash_krw = upbit.cash - upbit.fee_cash
-        cash_usdt = binance.cash - binance.fee_cash
+        krw, usdt = upbit.cash - upbit.fee_cash, binance.cash - binance.fee_cash
         coin = upbit.coin + binance.coin - upbit.fee_coin - binance.fee_coin
-        parts = (cash_krw, ledger.usdt_to_krw(cash_usdt), ledger.mark_krw(k, coin))
-        total = None if None in parts else sum(part for part in parts if part is not None)
-        worse, better = ledger.usdt_to_krw(binance.worse), ledger.usdt_to_krw(binance.better)
+        total = self._total(krw, usdt, [coin if i == k else 0 for i in range(len(self._decisions))])
         return {
             "symbol": name,
             "decisions": self._decisions[k],
             "venues": {VENUES[venue]: _venue(self._legs[k, venue], venue, name) for venue in (UPBIT, BINANCE)},
             "pnl": {
-                "krw": _text(cash_krw, 2),
-                "usdt": _text(cash_usdt, 4),
+                "krw": _text(krw, 2),
+                "usdt": _text(usdt, 4),
                 name: _text(coin, 8),
-                "total_krw": _text(total, 2),
-                "total_usdt": _text(None if total is None else ledger.krw_to_usdt(total), 4),
+                "total_krw": _text(total[0], 2),
+                "total_usdt": _text(total[1], 4),
             },
-            "_pnl_krw": total,
-            "_band": None if worse is None or better is None else (upbit.worse + worse, upbit.better + better),
         }
 
 
@@ -154,6 +180,7 @@ def _venue(legs: _Legs, venue: int, symbol: str) -> dict[str, Any]:
         "legs": legs.legs,
         **{status.name.lower(): legs.count(status) for status in FillStatus},
         "resolved": legs.resolved,
+        "unpriced": legs.unpriced,
         "fill_ratio": legs.filled / legs.size if legs.size else None,
         "slippage_bps": legs.slippage / legs.notional_at_mid * 10_000 if legs.notional_at_mid else None,
         "fees": {QUOTE[venue]: _text(legs.fee_cash, 8), symbol: _text(legs.fee_coin, 8)},

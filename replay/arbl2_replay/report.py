@@ -76,7 +76,9 @@ def _trades(kpi: dict[str, Any]) -> Table:
 
 
 def _money(kpi: dict[str, Any]) -> Table:
-    table = Table(title="Money (each account in its own currency; totals marked at the closing books)", title_justify="left")
+    table = Table(
+        title='Money (each coin marked alone; "all" nets the accounts first, then marks what is left)', title_justify="left"
+    )
     table.add_column("symbol")
     for name in ("fees KRW", "fees USDT", "fees coin", "change KRW", "change USDT", "change coin", "PnL in KRW", "PnL in USDT"):
         table.add_column(name, justify="right")
@@ -105,7 +107,8 @@ def _notes(kpi: dict[str, Any]) -> Text:
     if band is not None:
         lines.append(
             f"PnL band in KRW, by the book before and after each arrival: {_number(band['pessimistic'], 0)} pessimistic, "
-            f"{_number(kpi['pnl_krw'], 0)} expected, {_number(band['optimistic'], 0)} optimistic"
+            f"{_number(band['expected'], 0)} expected, {_number(band['optimistic'], 0)} optimistic "
+            f"({kpi['legs_unresolved']:,} of {kpi['legs']:,} legs unresolved)"
         )
     lines.append(
         f"coins marked at the {kpi['marks']['coins']}; USDT at {kpi['marks']['fx']['bid']} / {kpi['marks']['fx']['ask']}"
