@@ -79,7 +79,7 @@ def test_top_of_book_after_every_frame(tmp_path):
             engine.feed(block.slice(i, i + 1))
             data = json.loads(block.payload(i))["data"]
             for side, name in enumerate(("bids", "asks")):
-                n = engine.state.books[0]["n"][side]
+                n = engine.state.counts[0, side, 0]
                 levels = list(zip(engine.state.px[0, side, :n].tolist(), engine.state.qty[0, side, :n].tolist(), strict=True))
                 assert levels == [(_e8(price), _e8(size)) for price, size in data[name]]
                 compared += 1

@@ -1,13 +1,14 @@
 """Key figures of a run, added up as the events are drained, in integers.
 
-PnL is what changed in each account, in its own currency. A total in KRW or USDT nets every other currency over the whole run
-first and marks what is left once, at the closing books: what we have too much of at the bid, what we lack at the ask. Per coin the
-same is done for that coin alone, so those figures do not add up to the total: flows that offset each other need no conversion.
+PnL is what changed in each account, in its own currency. A total in KRW or USDT nets every other currency over the whole
+run first and marks what is left once, at the closing books: what we have too much of at the bid, what we lack at the ask. Per
+coin the same is done for that coin alone, so those figures do not add up to the total: flows that offset each other need no
+conversion.
 
 The band replaces each leg's fill at the book before its arrival (B-): *expected* weighs the book after it (B+) by how far between
-the two the order arrived, *pessimistic* and *optimistic* take the worse and the better of the two for every leg. Coin that is
-filled in one and not in the other is valued at the mid of the decision. Legs without a B+ count as filled at B- and are said to be
-unresolved.
+the two the order arrived, *pessimistic* and *optimistic* take the worse and the better of the two for every leg. Coin that
+is filled in one and not in the other is valued at the mid of the decision. Legs without a B+ count as filled at B- and are said
+to be unresolved.
 """
 
 from __future__ import annotations
