@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from arbl2.errors import Arbl2Error, ConfigError, EvidenceError, VenueError
+from arbl2.errors import Arbl2Error, ConfigError, EvidenceError, TapeError, VenueError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,8 +70,8 @@ def _show(what: RenderableType) -> None:
     from rich.console import Console
 
     console = Console()
-    # a table squeezed into the 80 columns of a pipe cannot be read
-    Console(width=max(console.width, 120)).print(what) if not console.is_terminal else console.print(what)
+    # in a pipe rich assumes 80 columns; whoever reads a file has more
+    (console if console.is_terminal else Console(width=max(console.width, 120))).print(what)
 
 
 def _print_json(value: Any) -> None:
@@ -78,6 +80,18 @@ def _print_json(value: Any) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip().upper() for part in text.split(",") if part.strip()))
+
+
+@contextmanager
+def _said_if_slow(message: str, after_s: float = 2.0) -> Iterator[None]:
+    """Say why it takes long, if it does."""
+    timer = threading.Timer(after_s, lambda: print(message, file=sys.stderr, flush=True))  # noqa: T201
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager
@@ -95,6 +109,23 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
             progress.update(task, completed=done, total=total)
 
         yield update
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from arbl2 import __version__
+
+        print(f"arbl2 {__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command(epilog="Example: arbl2 record --symbols BTC,ETH,XRP --duration 60")
@@ -167,6 +198,8 @@ def recover(
         _print_json([{name: getattr(report, name) for name in report.__slots__} for report in reports])
     else:
         _show(recovery_report(reports))
+    if any(report.problem for report in reports):
+        raise TapeError("a session could not be recovered; nothing of it was changed. The table says why.")
 
 
 @app.command(epilog="Example: arbl2 replay --speed 10x tapes/20260102T000000Z-1a2b")
@@ -202,15 +235,20 @@ def _run_config(path: Path | None, symbols: str | None, **policy: float | str | 
     config = load(path) if path is not None else RunConfig()
     given = {name: value for name, value in policy.items() if value is not None}
     config = msgspec.structs.replace(config, policy=msgspec.structs.replace(config.policy, **given))
+    if symbols is not None and not _names(symbols):
+        raise ConfigError("--symbols names no coin. Write coins with commas between them: --symbols BTC,ETH.")
     if symbols is not None:
         config = msgspec.structs.replace(config, symbols=_names(symbols))
     return checked(config)
 
 
 def _replay(tape: Path, config: Any, *, speed: str, out: Path, as_json: bool) -> Any:
-    from arbl2_replay import replay as run
-    from arbl2_replay.report import run_report
+    with _said_if_slow("compiling the kernels, once after an installation: up to half a minute"):
+        from arbl2.engine import warm_up
+        from arbl2_replay import replay as run
+        from arbl2_replay.report import run_report
 
+        warm_up()
     with _progress("replay") as progress:
         result = run(tape, config, out=out, speed=speed, on_progress=progress)
     if as_json:
@@ -226,20 +264,38 @@ def calibrate(
     zones: Annotated[Path | None, typer.Option(help="TOML table of zones; default: the built-in one.")] = None,
     store: Annotated[Path | None, typer.Option(help="Keep the DuckDB database in this file.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for calibration.json and the block sums.")] = CALIBRATIONS,
+    every: Annotated[bool, typer.Option("--every-zone", help="Show every zone that has an event, published or not.")] = False,
     as_json: Json = False,
 ) -> None:
     """Estimate fill survival and slippage by zone from the fill events of runs; say unknown where the data does not tell."""
-    _calibrate(list(runs) if runs else [_newest_run()], out=out, zones=zones, store=store, as_json=as_json)
+    _calibrate(_run_folders(runs) if runs else [_newest_run()], out=out, zones=zones, store=store, every=every, as_json=as_json)
+
+
+def _run_folders(named: list[Path]) -> list[Path]:
+    """Run folders as named; a folder of runs stands for all of them."""
+    found: list[Path] = []
+    for path in named:
+        inside = [] if (path / "run.json").exists() else sorted(run.parent for run in path.glob("*/run.json"))
+        found += inside or [path]
+    return found
 
 
 def _newest_run() -> Path:
     found = sorted(RUNS.glob("*/run.json"), key=lambda path: path.stat().st_mtime_ns)
     if not found:
-        raise ConfigError("there is no run below runs/. `arbl2 replay` makes one.")
+        raise TapeError("there is no run below runs/. `arbl2 replay` makes one.")
     return found[-1].parent
 
 
-def _calibrate(runs: list[Path], *, out: Path, zones: Path | None, store: Path | None, as_json: bool) -> None:
+def _calibrate(
+    runs: list[Path],
+    *,
+    out: Path,
+    zones: Path | None = None,
+    store: Path | None = None,
+    every: bool = False,
+    as_json: bool = False,
+) -> None:
     from rich.text import Text
 
     from arbl2_calibration import calibrate as fit
@@ -251,7 +307,7 @@ def _calibrate(runs: list[Path], *, out: Path, zones: Path | None, store: Path |
         return
     for repeated in result.counted_once:
         _show(Text(f"{repeated} is the same run as another one and counts once", style="yellow"))
-    _show(zone_table(result.table))
+    _show(zone_table(result.table, show="seen" if every else "published"))
     _show(Text(f"{limits_text(result.table)}\n\ncalibration {result.path}"))
 
 
@@ -284,9 +340,11 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; the default is reachable from this machine only.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 = any free port.")] = 0,
-    speed: Annotated[float, typer.Option(help="Market seconds per second.")] = 1.0,
-    gap_every: Annotated[float, typer.Option(help="Mean seconds between gaps of one coin's prices across the venues.")] = 14.0,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0 = any free port.")] = 0,
+    speed: Annotated[float, typer.Option(min=0.01, max=1_000.0, help="Market seconds per second.")] = 1.0,
+    gap_every: Annotated[
+        float, typer.Option(min=0.5, help="Mean seconds between gaps of one coin's prices across the venues.")
+    ] = 14.0,
     as_json: Json = False,
 ) -> None:
     """Play a seeded synthetic market over Upbit's and Binance's own protocols, on loopback, until Ctrl-C."""
@@ -311,7 +369,7 @@ def serve(
 
 @app.command(epilog="Example: arbl2 demo --seconds 20")
 def demo(
-    seconds: Annotated[float, typer.Option(help="How long to record.")] = 20.0,
+    seconds: Annotated[float, typer.Option(min=1.0, max=3_600.0, help="How long to record.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Seed of the synthetic market.")] = 1,
     folder: Annotated[Path, typer.Option(help="Where to put tape, run and calibration.")] = Path("demo"),
 ) -> None:
@@ -338,18 +396,19 @@ def demo(
     run = _replay(recording.path, RunConfig(policy=policy), speed="max", out=folder / "runs", as_json=False)
     _show(Text("\n3. arbl2 calibrate: zones from the fill events", style="bold cyan"))
     try:
-        _calibrate([run.run_dir], out=folder / "calibrations", zones=None, store=None, as_json=False)
+        _calibrate([run.run_dir], out=folder / "calibrations")
     except EvidenceError as refusal:  # a short demo may hold too little to learn from, and calibrate says so
         _show(Text(f"refused: {refusal}", style="yellow"))
-    _show(
-        Text(
-            "\nWhat to try next\n"
-            f"  arbl2 replay --tapes {folder}/tapes --speed 10x                the same recording, paced: the same digest\n"
-            f"  arbl2 replay --tapes {folder}/tapes --entry-bps 10 --tp-bps 20  another policy on the same books\n"
-            "  arbl2 record --symbols BTC,ETH,XRP                        the real venues, until Ctrl-C\n"
-            f"  duckdb -c \"FROM '{recording.path}/segments/*.parquet'\"   the raw messages in plain SQL\n"
-        )
+    # the folder of the script may not be on the PATH
+    me = "arbl2" if shutil.which("arbl2") else os.path.relpath(sys.argv[0])
+    tapes = folder / "tapes"
+    next_steps = (
+        (f"{me} replay --tapes {tapes} --speed 10x", "the same recording, paced"),
+        (f"{me} replay --tapes {tapes} --entry-bps 10 --tp-bps 20", "another policy on the same books"),
+        (f"{me} record --symbols BTC,ETH,XRP", "the real venues, until Ctrl-C"),
+        (f"{me} --help", "everything else"),
     )
+    _show(Text("\nWhat to try next\n" + "\n".join(f"  # {what}\n  {command}" for command, what in next_steps)))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import msgspec
 
 from arbl2.errors import ConfigError
 from arbl2.money import NumberRefusedError, parse_e8
-from arbl2.rules import RuleOverride
+from arbl2.rules import UPBIT_MIN_NOTIONAL_E8, RuleOverride
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,8 +120,12 @@ def checked(config: RunConfig) -> RunConfig:
         ("paper.binance_usdt", config.paper.binance_usdt),
     ):
         amount_e8(name, text)
-    if amount_e8("policy.size_krw", config.policy.size_krw) == 0:
-        raise ConfigError('policy.size_krw must be more than 0, for example "1000000".')
+    if amount_e8("policy.size_krw", config.policy.size_krw) > amount_e8(
+        "policy.max_position_krw", config.policy.max_position_krw
+    ):
+        raise ConfigError("policy.max_position_krw is below policy.size_krw, so that nothing could ever be traded. Raise it.")
+    if amount_e8("policy.size_krw", config.policy.size_krw) < UPBIT_MIN_NOTIONAL_E8:
+        raise ConfigError("policy.size_krw is below Upbit's smallest order of 5,000 KRW. Raise it.")
     for field, coins in (("upbit_coins", config.paper.upbit_coins), ("binance_coins", config.paper.binance_coins)):
         for coin, text in coins.items():
             amount_e8(f"paper.{field}.{coin}", text)

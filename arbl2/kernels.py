@@ -692,7 +692,7 @@ def _lock_for(
         return -_MIN_NOTIONAL
     if side == _SELL:
         return size if balance[venue, pair + 1] - locked[venue, pair + 1] >= size else -_NO_BALANCE
-    need = value
+    need = value + MAX_LEVELS  # every level taken may round up by one more unit
     if config[0]["fee_in_base"][venue] == 0:
         need += fee_e8(value, config[0]["fee_ppm"][venue])
     return need if balance[venue, 0] - locked[venue, 0] >= need else -_NO_BALANCE

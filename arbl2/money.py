@@ -39,9 +39,9 @@ def parse_e8(text: bytes, *, exact: bool) -> int:
     if sign:
         raise NumberRefusedError("negative")
     # the length test keeps a hostile exponent or a million digits from building a giant integer
-    scale = 8 - len(fraction or b"") + (int(exponent) if exponent and len(exponent) < 12 else 0)
-    if exponent and len(exponent) >= 12:
-        scale = -(10**12) if exponent.startswith(b"-") else 10**12
+    power = (exponent or b"0").lstrip(b"+-").lstrip(b"0") or b"0"
+    shift = int(power) if len(power) < 12 else 10**12
+    scale = 8 - len(fraction or b"") + (-shift if (exponent or b"").startswith(b"-") else shift)
     if len(digits) + scale > 19:
         raise NumberRefusedError("large")
     if len(digits) > 400:

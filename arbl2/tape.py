@@ -130,7 +130,7 @@ def load_manifest(session_dir: Path) -> Manifest:
     except FileNotFoundError:
         raise TapeError(f"{session_dir} is not a recording: it has no {MANIFEST}. Name a session folder.") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise TapeError(f"{path} cannot be read ({error}). Restore it from a copy, or run `arbl2 recover`.") from None
+        raise TapeError(f"{path} cannot be read ({error}). Restore it from a copy.") from None
     except OSError as error:
         raise TapeError(f"{path} cannot be read: {error.strerror}.") from None
     if manifest.tape_version != TAPE_VERSION:

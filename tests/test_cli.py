@@ -104,7 +104,7 @@ def test_policy_options_change_the_run(tape, tmp_path):
         (("record", "--symbols", "KRW-BTC", "--duration", "1"), 2, "base coin"),
         (("record", "--out", "file/tapes", "--duration", "1"), 5, "file/tapes"),
         (("record", "--upbit-ws", "not a url", "--duration", "1"), 2, "upbit_ws"),
-        (("calibrate",), 2, "there is no run"),
+        (("calibrate",), 3, "there is no run"),
         (("calibrate", "nowhere"), 3, "nowhere"),
         (("import", "file"), 3, "file"),
         (("import", "nowhere"), 3, "nowhere"),

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
+
+from arbl2_calibration.fit import MAX_WIDTH, MIN_DF, MIN_N_EFF
 
 if TYPE_CHECKING:
     from arbl2.zones import CalibrationTable, ZoneRecord
 
 
-def zone_table(table: CalibrationTable, *, empty: bool = False) -> Table:
-    """One row per zone and ancestor; zones without a single event only with ``empty``."""
-    view = Table(title="Survival of what an order sees, by zone", caption=f"calibration {table.id[:12]}")
+def zone_table(table: CalibrationTable, *, show: Literal["published", "seen", "all"] = "published") -> Table:
+    """Published zones and the two coarsest levels; "seen": every zone that has an event; "all": every zone there is."""
+    view = Table(title="Survival of what an order sees, by zone", caption=f"calibration {table.id[:12]}", title_justify="left")
     view.add_column("zone", overflow="fold")
     for name in ("state", "n", "n_eff", "blocks", "survival", "95 %", "slippage bps"):
         view.add_column(name, justify="left" if name == "state" else "right")
+    coarse = {zone.zone_id for level in table.table.levels[2:] for zone in level}
     for record in table.artefact.zones:
-        if empty or record.n or record.unresolved:
+        seen = record.n > 0 or record.unresolved > 0
+        if show == "all" or (seen and (show == "seen" or record.published or record.zone_id in coarse)):
             view.add_row(*_cells(record))
     return view
 
@@ -26,6 +30,7 @@ def limits_text(table: CalibrationTable) -> str:
     """What was read, what was left out and why, and what is not identified; plain text."""
     artefact = table.artefact
     empty = sum(1 for record in artefact.zones if record.n == 0)
+    thin = sum(1 for record in artefact.zones if record.n and not record.published)
     known = [rho for rho in artefact.config.rho1 if rho is not None]
     rho1 = f"{max(known):.2f}" if known else "unknown"
     minutes = artefact.config.block_ns_final / 60e9
@@ -34,7 +39,8 @@ def limits_text(table: CalibrationTable) -> str:
         f"{len(artefact.inputs)} run(s), {sum(used.rows for used in artefact.inputs):,} orders; "
         + ", ".join(f"{reason} {n:,}" for reason, n in artefact.refused_rows.items())
         + " were not fitted.",
-        f"{resemblance}; {empty} zones without a sample: unknown.",
+        f"{resemblance}; {empty} zones without a sample and {thin} with too few: unknown.",
+        f"Published from n_eff {MIN_N_EFF:g} and {MIN_DF + 1:g} blocks on, with an interval no wider than {MAX_WIDTH:g}.",
         "Not identified:",
         *(f"- {limit}" for limit in artefact.limits),
     ]

@@ -101,7 +101,13 @@ def open_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
         raise EvidenceError("there is nothing to calibrate from. Name at least one folder that `arbl2 replay` wrote.")
     kept: dict[str, Run] = {}
     repeats: list[Path] = []
-    for run in (open_run(folder) for folder in folders):
+    opened = [open_run(folder) for folder in folders]
+    if not any(run.rows for run in opened):
+        raise EvidenceError("no run sent an order, so there is nothing to learn from. Replay with a lower --entry-bps.")
+    for run in opened:
+        if not run.rows:
+            log.warning("%s sent no order and is left out", run.path)
+            continue
         tape, digest = run.file.tape.sha256, run.file.digest
         before = kept.setdefault(tape, run)
         if before is run:
@@ -109,7 +115,7 @@ def open_runs(folders: Sequence[Path]) -> tuple[list[Run], list[Path]]:
         if before.file.digest != digest or before.rows != run.rows:
             raise EvidenceError(
                 f"{before.path} and {run.path} are different runs of the same tape ({run.file.tape.session}): the same moments "
-                "of the market would count twice. Give one run per tape."
+                "of the market would count twice. Give one of them."
             )
         log.warning("%s is the same run as %s; it counts once", run.path, before.path)
         repeats.append(run.path)
@@ -158,8 +164,6 @@ def _check_fills(path: Path) -> tuple[Source, int]:
                 raise TapeError(f"{path} has no column {name!r} (or more than one). Replay the tape again.")
             if not fits(schema.field(at).type):
                 raise TapeError(f"{path}: column {name!r} is {schema.field(at).type}, not {kind}. Replay the tape again.")
-    if rows == 0:
-        raise EvidenceError(f"{path} is empty: the run sent no order, so there is nothing to learn from it. Leave it out.")
     return cast("Source", source), rows
 
 

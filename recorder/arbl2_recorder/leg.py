@@ -54,6 +54,8 @@ class Link:
         self.first_data_ns = 0
         self.messages = 0
         self.bytes = 0
+        self.longest_gap_ns = 0
+        self.first_ns = 0
         self.is_open = False
         self.problem = ""
 
@@ -72,9 +74,17 @@ class Link:
         self._accept(self._venue, self.conn, FrameKind.MESSAGE, op, payload, recv_ns, mono_ns)
         self.messages += 1
         self.bytes += len(payload)
+        if mono_ns - self._last_ns > self.longest_gap_ns:
+            self._note_gap(mono_ns)
         self._last_ns = mono_ns
         if self._unseen or not self._is_data(payload):
             self._look(payload, recv_ns, mono_ns)
+
+    def _note_gap(self, mono_ns: int) -> None:
+        if self._last_ns:
+            self.longest_gap_ns = mono_ns - self._last_ns
+        else:
+            self.first_ns = mono_ns
 
     def closed(self, code: int, reason: str, recv_ns: int, mono_ns: int) -> None:
         """The connection ended. After an error of the venue even a close with 1000 is not a clean end."""
@@ -107,6 +117,13 @@ class Link:
         for stream in sorted(self._unseen):
             self._alarm("silent", stream=stream, timeout_s=snapshot_timeout_s)
         self._unseen.clear()
+
+    def finish(self) -> None:
+        """The recording ends: streams that never said anything are named, even if their time was not up."""
+        if self._watching and self._subscribed_ns:
+            self._watching = False
+            for stream in sorted(self._unseen):
+                self._alarm("silent", stream=stream)
 
     def silent_s(self, now_ns: int) -> float:
         """Seconds since the last message, or since the subscription if none came."""
@@ -146,10 +163,12 @@ class Leg:
         self._link: Link | None = None
         self._socket: RecordingConnection | None = None
         self._dialled_ns = 0
+        self._started_ns = clock.mono_ns()
         self._connections = 0
         self._messages = 0
         self._bytes = 0
         self._last_ns = 0
+        self._longest_gap_ns = 0
         self._state = "dialling"
         self.problem = ""
         self.delivered = False
@@ -174,6 +193,17 @@ class Leg:
             since_dial_s = _seconds(clock.mono_ns() - self._dialled_ns)
             floor_s = self._config.dial_interval_s - since_dial_s
             await asyncio.sleep(max(floor_s, wait_s, self._backoff.delay_s()))
+
+    def finish(self) -> None:
+        """The recording is about to end."""
+        if self._link is not None:
+            self._link.finish()
+
+    def longest_silence_s(self, start_ns: int, end_ns: int) -> float:
+        """The longest time without a message between two instants, the time before the first and after the last included."""
+        if not self._last_ns:
+            return _seconds(end_ns - start_ns)
+        return _seconds(max(self._longest_gap_ns, end_ns - self._last_ns))
 
     def check(self, now_ns: int) -> None:
         """Called several times a second: alarms that are due, and the end of a connection that has gone silent."""
@@ -246,6 +276,10 @@ class Leg:
         self._link = None
         self._messages += link.messages
         self._bytes += link.bytes
+        if link.first_ns:
+            self._longest_gap_ns = max(
+                self._longest_gap_ns, link.longest_gap_ns, link.first_ns - (self._last_ns or self._started_ns)
+            )
         self._last_ns = max(self._last_ns, link.last_ns)
         self.delivered = self.delivered or link.first_data_ns > 0
         if link.first_data_ns and _seconds(link.last_ns - link.first_data_ns) >= self._config.stable_s:

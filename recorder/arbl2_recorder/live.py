@@ -1,4 +1,4 @@
-"""The live view of a recording on a terminal; silent in a pipe."""
+"""The live view of a recording on a terminal; one line in a pipe."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class LiveView:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
+        self._announced = False
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
 
     def __enter__(self) -> LiveView:
@@ -35,6 +36,9 @@ class LiveView:
         """Draw one snapshot."""
         if self._live is not None:
             self._live.update(render(status), refresh=True)
+        elif not self._announced:
+            self._announced = True
+            self._console.print(f"recording {status.session}; Ctrl-C or SIGTERM ends it")
 
 
 def render(status: Status) -> Group:
@@ -50,7 +54,7 @@ def render(status: Status) -> Group:
     )
     alarm = f"{status.alarms} alarms, last: {status.last_alarm}" if status.alarms else "no alarms"
     style = "yellow" if status.alarms else "dim"
-    return Group(Text(status.session, style="bold"), table, Text(sizes), Text(alarm, style=style))
+    return Group(Text(f"{status.session}   (Ctrl-C ends it)", style="bold"), table, Text(sizes), Text(alarm, style=style))
 
 
 def _row(venue: VenueStatus) -> tuple[str, ...]:

@@ -111,6 +111,7 @@ class _Run:
         self._loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
         self._ended = ""
+        self._ended_ns = 0
         self._error: Exception | None = None
         self._phase = "recording"
         self._feeds = feeds(config)
@@ -152,6 +153,9 @@ class _Run:
         try:
             await self._mind()
         finally:
+            self._ended_ns = clock.mono_ns()
+            for leg in self._legs:
+                leg.finish()
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -261,6 +265,8 @@ class _Run:
             messages={leg.feed.name: leg.messages for leg in self._legs},
             counts=manifest.counts,
             alarms=dict(sorted(session.alarms.items())),
+            silent=tuple(sorted(session.silent)),
+            longest_silence_s={leg.feed.name: leg.longest_silence_s(self._started_ns, self._ended_ns) for leg in self._legs},
             dropped=session.dropped,
             duration_s=(clock.mono_ns() - self._started_ns) / 1e9,
             ended=self._ended,

@@ -21,25 +21,31 @@ def result_report(result: RecordResult) -> RenderableType:
     """A finished recording: what is on the tape, and what was lost or noticed."""
     table = Table(title=f"Recorded {result.session}", title_justify="left")
     table.add_column("venue")
-    for name in ("messages", "per s", "connections", "other frames"):
+    for name in ("messages", "per s", "connections", "longest silence"):
         table.add_column(name, justify="right")
     for venue, messages in result.messages.items():
         kinds = {key.split(".", 1)[1]: n for key, n in result.counts.items() if key.split(".", 1)[0] == venue}
         rate = f"{messages / result.duration_s:,.1f}" if result.duration_s else "-"
-        other = sum(kinds.values()) - messages
-        table.add_row(venue, f"{messages:,}", rate, f"{kinds.get('opened', 0):,}", f"{other:,}")
+        silence = f"{result.longest_silence_s[venue]:,.1f} s"
+        table.add_row(venue, f"{messages:,}", rate, f"{kinds.get('opened', 0):,}", silence)
     ratio = f", {result.payload_bytes / result.sealed_bytes:.1f} times smaller" if result.sealed_bytes else ""
     lines = [
-        f"{result.frames:,} frames, {result.payload_bytes / 2**20:,.1f} MiB raw, {result.sealed_bytes / 2**20:,.1f} MiB sealed{ratio}",
+        f"{result.frames:,} frames, {_mib(result.payload_bytes)} raw, {_mib(result.sealed_bytes)} sealed{ratio}",
         f"{result.path}, ended by {result.ended} after {result.duration_s:,.1f} s",
         "every message that arrived is on the tape" if result.clean else f"NOT whole: {result.dropped:,} messages were dropped",
     ]
+    if result.silent:
+        lines.append("never said anything: " + ", ".join(result.silent) + " (does the venue know it?)")
     if result.alarms:
         lines.append("alarms: " + ", ".join(f"{name} {n:,}" for name, n in result.alarms.items()))
     parts: list[RenderableType] = [table, Text("\n".join(lines))]
     if result.recovered:
         parts.append(recovery_report(result.recovered))
     return Group(*parts)
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
 
 
 def recovery_report(reports: Sequence[RecoveryReport]) -> RenderableType:

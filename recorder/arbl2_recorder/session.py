@@ -48,6 +48,7 @@ class Session:
         self.dropped = 0
         self.alarms: Counter[str] = Counter()
         self.last_alarm = ""
+        self.silent: set[str] = set()
 
     def connection(self) -> int:
         """A new connection number, from 1. Every dial gets one, whether it succeeds or not."""
@@ -74,6 +75,8 @@ class Session:
         ``at`` (recv_ns, mono_ns) is the stamp of the message that showed it, if one did. Messages that arrived with that one
         are still to come with the same stamp: an alarm stamped now would make time step back after it.
         """
+        if name == "silent":
+            self.silent.add(str(facts["stream"]))
         self._raise_alarm(name, venue, conn, facts)
         recv_ns, mono_ns = at or clock.stamp()
         self.record(venue, conn, FrameKind.ALARM, {"alarm": name, **facts}, recv_ns, mono_ns)

@@ -49,7 +49,8 @@ class RecordResult:
     """A recording that has ended and is sealed.
 
     ``frames`` on the tape, ``payload_bytes`` in them, ``sealed_bytes`` of its files; ``messages`` per venue; ``counts`` by
-    "<venue or ->.<kind>"; ``alarms`` by name; ``ended``: duration, stop or signal. ``clean`` says that every message that
+    "<venue or ->.<kind>"; ``alarms`` by name; ``silent`` streams never said anything; ``longest_silence_s`` is per
+    venue, nothing from any stream; ``ended``: duration, stop or signal. ``clean`` says that every message that
     arrived is on the tape. ``recovered`` are earlier sessions below the same root that were restored at the start.
     """
 
@@ -61,6 +62,8 @@ class RecordResult:
     messages: dict[str, int]
     counts: dict[str, int]
     alarms: dict[str, int]
+    silent: tuple[str, ...]
+    longest_silence_s: dict[str, float]
     dropped: int
     duration_s: float
     ended: str

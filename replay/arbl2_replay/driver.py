@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from arbl2.config import RunConfig
-from arbl2.engine import Engine
+from arbl2.engine import Engine, warm_up
 from arbl2.errors import ConfigError, TapeError
+from arbl2.frames import FrameKind
 from arbl2.tape import TapeReader
 from arbl2_replay.clock import Lateness, Pacer, Speed
 from arbl2_replay.kpi import Kpi
@@ -46,6 +49,7 @@ class RunResult:
     kpi: dict[str, Any]
     reasons: dict[str, dict[str, int]]
     books: list[dict[str, int | str]]
+    alarms: dict[str, int]
     lateness: Lateness | None
     run_dir: Path | None
 
@@ -106,18 +110,21 @@ def replay(
     kpi = Kpi(engine)
     sink = RunSink(out, engine.universe.symbols) if out is not None else None
     total = reader.manifest.rows
+    warm_up()
     started = time.perf_counter()
     first_ns = last_ns = int(first_block.time_ns[0])
+    alarms: Counter[str] = Counter()
     try:
         for block in _chain(first_block, blocks):
             for piece in pacer.pieces(block):
                 step = block_rows or len(piece)
                 for start in range(0, len(piece), step):
                     engine.feed(piece.slice(start, min(start + step, len(piece))))
+                if on_progress is not None:
+                    on_progress(engine.frames, total)
+            alarms.update(_alarms(block))
             last_ns = max(last_ns, int(block.time_ns[-1]))
             _drain(engine, kpi, sink)
-            if on_progress is not None:
-                on_progress(engine.frames, total)
         engine.finish()
         _drain(engine, kpi, sink)
         result = RunResult(
@@ -129,6 +136,7 @@ def replay(
             kpi=kpi.result(),
             reasons=engine.reasons(),
             books=engine.books(),
+            alarms=dict(sorted(alarms.items())),
             lateness=pacer.lateness(),
             run_dir=None,
         )
@@ -169,6 +177,21 @@ def read_ahead(reader: TapeReader) -> Generator[FrameBlock]:
             yield block
 
 
+class _Alarm(msgspec.Struct):
+    alarm: str = "unnamed"
+
+
+def _alarms(block: FrameBlock) -> list[str]:
+    """Names of the alarms that the recorder left in a block."""
+    names = []
+    for i in np.flatnonzero(block.kind == FrameKind.ALARM).tolist():
+        try:
+            names.append(msgspec.json.decode(block.payload(i), type=_Alarm).alarm[:40])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            names.append("not of arbl2's making")
+    return names
+
+
 def tape_sha256(manifest: Manifest) -> str:
     """One hash over the segment hashes of a tape."""
     return hashlib.sha256("".join(segment.sha256 for segment in manifest.segments).encode()).hexdigest()
@@ -187,6 +210,7 @@ def _summary(manifest: Manifest, config: RunConfig, engine: Engine, result: RunR
             for k, name in enumerate(engine.universe.symbols)
         },
         "reasons": result.reasons,
+        "alarms": result.alarms,
         "books": result.books,
         "kpi": result.kpi,
     }

@@ -21,11 +21,18 @@ _LABELS = {reason.label: reason for reason in Reason}
 def run_report(result: RunResult) -> RenderableType:
     """Everything a replay found, ready to print."""
     parts: list[RenderableType] = [_headline(result)]
-    if result.kpi["symbols"]:
+    if result.kpi["symbols"] and result.kpi["decisions"]:
         parts += [_trades(result.kpi), _money(result.kpi), _notes(result.kpi)]
-    else:
+    elif result.kpi["symbols"]:
+        parts += [_books(result), Text("No decision: no edge reached its threshold while both books and KRW-USDT were fresh.")]
+    elif any(book["updates"] for book in result.books):
         parts += [_books(result), Text("No coin was recorded on both venues, so there was nothing to trade.", style="dim")]
+    if not any(book["updates"] for book in result.books):
+        parts.append(Text("No full-window book on this tape: what is on it is counted below and not used yet.", style="yellow"))
     parts.append(_messages(result))
+    if result.alarms:
+        alarms = ", ".join(f"{name} {n:,}" for name, n in result.alarms.items())
+        parts.append(Text(f"alarms of the recorder: {alarms} (their frames have kind 'alarm')", style="yellow"))
     if result.lateness is not None:
         late = result.lateness
         parts.append(
@@ -40,6 +47,14 @@ def run_report(result: RunResult) -> RenderableType:
     return Group(*parts)
 
 
+def _table(title: str, *columns: str) -> Table:
+    """Narrow enough for 80 columns: numbers are never cut off."""
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
 def _headline(result: RunResult) -> Text:
     rate = result.frames / result.elapsed_s if result.elapsed_s else 0.0
     return Text(
@@ -50,10 +65,8 @@ def _headline(result: RunResult) -> Text:
 
 
 def _trades(kpi: dict[str, Any]) -> Table:
-    table = Table(title="Decisions and fills", title_justify="left")
-    table.add_column("symbol")
-    table.add_column("venue")
-    for name in ("entries", "exits", "legs", "filled", "partial", "unfilled", "no book", "fill ratio", "slippage bps"):
+    table = _table("Decisions and fills", "symbol", "venue")
+    for name in ("entries", "exits", "legs", "filled", "partial", "unfilled", "no\nbook", "fill\nratio", "slippage\nbps"):
         table.add_column(name, justify="right")
     for row in kpi["symbols"]:
         for k, (venue, legs) in enumerate(row["venues"].items()):
@@ -70,18 +83,15 @@ def _trades(kpi: dict[str, Any]) -> Table:
                 str(legs["no_book"] + legs["in_flight"]),
                 "-" if legs["fill_ratio"] is None else f"{legs['fill_ratio']:.1%}",
                 "-" if legs["slippage_bps"] is None else f"{legs['slippage_bps']:+.2f}",
-                end_section=k == 1,
             )
     return table
 
 
 def _money(kpi: dict[str, Any]) -> Table:
-    table = Table(
-        title='Money (each coin marked alone; "all" nets the accounts first, then marks what is left)', title_justify="left"
-    )
-    table.add_column("symbol")
-    for name in ("fees KRW", "fees USDT", "fees coin", "change KRW", "change USDT", "change coin", "PnL in KRW", "PnL in USDT"):
-        table.add_column(name, justify="right")
+    table = _table('Money (each coin marked alone; "all" nets the accounts, then marks the rest)', "symbol")
+    for what, currencies in (("fees", ("KRW", "USDT", "coin")), ("change", ("KRW", "USDT", "coin")), ("PnL in", ("KRW", "USDT"))):
+        for currency in currencies:
+            table.add_column(f"{what}\n{currency}", justify="right", overflow="fold")
     for row in kpi["symbols"]:
         name, pnl = row["symbol"], row["pnl"]
         upbit, binance = row["venues"]["upbit"]["fees"], row["venues"]["binance"]["fees"]
@@ -89,14 +99,13 @@ def _money(kpi: dict[str, Any]) -> Table:
             name,
             _number(upbit["KRW"], 0),
             _number(binance["USDT"], 2),
-            _number(binance[name], 6),
+            _number(binance[name], 5),
             _number(pnl["krw"], 0),
             _number(pnl["usdt"], 2),
-            _number(pnl[name], 6),
+            _number(pnl[name], 5),
             _number(pnl["total_krw"], 0),
             _number(pnl["total_usdt"], 2),
         )
-    table.add_section()
     table.add_row("all", *[""] * 6, _number(kpi["pnl_krw"], 0), _number(kpi["pnl_usdt"], 2), style="bold")
     return table
 
@@ -119,9 +128,9 @@ def _notes(kpi: dict[str, Any]) -> Text:
 
 
 def _books(result: RunResult) -> Table:
-    table = Table(title="Books", title_justify="left")
-    for name in ("venue", "instrument", "updates", "median gap ms", "best bid", "best ask"):
-        table.add_column(name, justify="left" if name in ("venue", "instrument") else "right")
+    table = _table("Books", "venue", "instrument")
+    for name in ("updates", "median\ngap ms", "best bid", "best ask"):
+        table.add_column(name, justify="right")
     for book in result.books:
         if book["updates"]:
             table.add_row(

@@ -242,18 +242,18 @@ def test_the_readme_shows_the_default_zones() -> None:
 
 
 def test_the_report_says_unknown_where_nothing_is_known(result: Any) -> None:
-    def shown(*, empty: bool) -> list[str]:
+    def shown(**options: Any) -> list[str]:
         out = io.StringIO()
-        Console(file=out, width=240).print(zone_table(result.table, empty=empty))
+        Console(file=out, width=240).print(zone_table(result.table, **options))
         return out.getvalue().splitlines()
 
-    lines = shown(empty=False)
+    lines = shown()
     everything = next(line for line in lines if line.split()[1:2] == ["all"])
     point = result.table.record("all").survival.point
     assert f"{point:.3f}" in everything
     assert "unvalidated" in everything
     assert not any(".ms0-25" in line for line in lines)
-    unknown = next(line for line in shown(empty=True) if "upbit.buy.edge0-5.size0-0.25.ms0-25" in line)
+    unknown = next(line for line in shown(show="all") if "upbit.buy.edge0-5.size0-0.25.ms0-25" in line)
     assert unknown.count("unknown") == 2
     assert "uses all" in unknown
     text = limits_text(result.table)

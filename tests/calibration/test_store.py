@@ -259,7 +259,7 @@ def test_damaged_files_are_named(lab: Any, tmp_path: Path) -> None:
             calibrate([lab.write_run(tmp_path / f"columns{number}", changed)], out=tmp_path / "out")
     with pytest.raises(TapeError, match="version 1"):
         calibrate([lab.write_run(tmp_path / "version", columns, version="2")], out=tmp_path / "out")
-    with pytest.raises(EvidenceError, match="is empty"):
+    with pytest.raises(EvidenceError, match="no run sent an order"):
         calibrate([lab.write_run(tmp_path / "empty", lab.take(columns, slice(0)))], out=tmp_path / "out")
     run = lab.write_run(tmp_path / "cut", columns)
     whole = (run / "fills.parquet").read_bytes()

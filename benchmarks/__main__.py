@@ -1,0 +1,82 @@
+"""Run the benchmarks: ``python -m benchmarks [--write]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from benchmarks.market import tape
+from benchmarks.measure import ROOT, Figure, Stages, machine, starts
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DOCUMENT = ROOT / "docs" / "performance.md"
+BEGIN, END = "<!-- figures: written by `python -m benchmarks --write` -->", "<!-- end of figures -->"
+BUSY = 0.7
+
+
+def table(title: str, figures: list[Figure], digits: int) -> list[str]:
+    lines = [f"| {title} | median | fastest | slowest |", "|---|---|---|---|"]
+    for figure in figures:
+        numbers = (figure.median, min(figure.values), max(figure.values))
+        lines.append(f"| {figure.name} | {' | '.join(f'{number:.{digits}f}' for number in numbers)} |")
+    return lines
+
+
+def report(messages: int, rounds: int, cold_rounds: int) -> str:
+    load = os.getloadavg()[0]
+    stages = Stages(tape(messages), messages)
+    same = stages.check()
+    figures = stages.rounds(rounds)
+    _, loop, replayed, plain = figures
+    scale = f"{messages:,} messages of {_mean_bytes(stages):,.0f} bytes on average, {rounds} rounds in turn"
+    done = f"{same.decisions:,} decisions and {same.fills:,} fills, the same in both ways"
+    against = f"Replay from raw is {plain.median / replayed.median:.1f} times as fast as the plain loop (asked: at least 3)"
+    alone = f"the loop alone takes {loop.median:.2f} us per update (asked: at most 0.3)"
+    where = ", ".join(f"{name} {value}" for name, value in machine().items())
+    busy = "; the machine was busy, so read these figures as upper bounds" if load > BUSY else ""
+    lines = [
+        f"{scale}; {done}.",
+        "",
+        *table("microseconds per message", figures, 2),
+        "",
+        f"{against}; {alone}.",
+        "",
+        *table("seconds", starts(cold_rounds), 1),
+        "",
+        f"Measured on: {where}; load before the start {load:.2f}{busy}.",
+    ]
+    return "\n".join(lines)
+
+
+def _mean_bytes(stages: Stages) -> float:
+    frames = sum(len(block) for block in stages.blocks)
+    return sum(int(block.offsets[-1] - block.offsets[0]) for block in stages.blocks) / frames
+
+
+def write(path: Path, text: str) -> None:
+    """Put the figures between the markers of the document."""
+    head, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{path} has no markers for the figures; put {BEGIN} and {END} where they belong.")
+    path.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What a message costs on this machine.")
+    parser.add_argument("--messages", type=int, default=200_000, help="length of the tape (default: 200,000)")
+    parser.add_argument("--rounds", type=int, default=7, help="how often everything is measured (default: 7)")
+    parser.add_argument("--cold-rounds", type=int, default=3, help="how often a cold start is measured (default: 3)")
+    parser.add_argument("--write", action="store_true", help="write the figures into docs/performance.md")
+    options = parser.parse_args()
+    text = report(options.messages, options.rounds, options.cold_rounds)
+    print(text)
+    if options.write:
+        write(DOCUMENT, text)
+
+
+if __name__ == "__main__":
+    main()
