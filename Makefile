@@ -4,11 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types fmt golden bench cov docs build clean
+.PHONY: help setup demo test lint types fmt golden bench bench-record bench-calibrate kills cov docs build clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## create .venv and install arbl2 with its tools (again only if their list changed)
 
@@ -43,8 +43,17 @@ fmt: setup ## format, and mend what can be mended by itself
 golden: setup ## make the golden expectations anew (read the difference before you commit it)
 	$(BIN)/python tests/golden/regenerate.py
 
-bench: setup ## run the benchmarks
+bench: setup ## what a message costs in replay, beside a plain Python loop
 	$(BIN)/python -m benchmarks
+
+bench-record: setup ## the recorder beside a client that only stamps (6 minutes)
+	$(BIN)/python -m benchmarks.record
+
+bench-calibrate: setup ## sums of zones in DuckDB beside polars (2 minutes)
+	$(BIN)/python -m benchmarks.calibrate
+
+kills: setup ## kill recorders at random moments and compare what is left with what was sent (3 minutes)
+	$(BIN)/python -m benchmarks.kills
 
 cov: export COVERAGE_FILE := .venv/.coverage
 cov: export NUMBA_DISABLE_JIT := 1
