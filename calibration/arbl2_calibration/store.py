@@ -62,12 +62,13 @@ class Store:
     """A DuckDB with the events of some runs. ``path`` None = in memory; an existing file keeps its other tables."""
 
     def __init__(self, table: ZoneTable, *, path: Path | None = None, threads: int | None = None) -> None:
-        config: dict[str, Any] = {"autoinstall_known_extensions": False, "enable_progress_bar": False}
+        config: dict[str, Any] = {"autoinstall_known_extensions": False}
         if threads is not None:
             config["threads"] = threads
         target = ":memory:" if path is None else str(path)
         try:
             self._db = duckdb.connect(target, config=config)
+            self._db.execute("SET enable_progress_bar = false")
             self._db.execute(zone_macro(table))
             self._db.execute(sql("schema"))
         except duckdb.Error as error:
