@@ -108,7 +108,10 @@ class Engine:
         n = len(block)
         u = self._updates
         u.what[:n] = What.NOTHING
-        u.what[:n][block.kind == FrameKind.CLOSED] = What.CLOSED
+        for row in np.flatnonzero(block.kind == FrameKind.CLOSED).tolist():
+            # Another connection goes on with the same streams: their books stay what they are.
+            if b'"covered":true' not in block.payload(row):
+                u.what[row] = What.CLOSED
         for row in np.flatnonzero(block.kind == FrameKind.ALARM).tolist():
             if b'"alarm":"dropped"' in block.payload(row):
                 u.what[row] = What.LOST

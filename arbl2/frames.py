@@ -10,7 +10,7 @@ feeds blocks of one, replay feeds blocks of thousands, through the same code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
+from enum import IntEnum, IntFlag, StrEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,6 +51,13 @@ class Op(IntEnum):
     PONG = 10
 
 
+class Flag(IntFlag):
+    """What else is known about a frame."""
+
+    NONE = 0
+    LATE = 1  # the recorder's event loop had been held up before it read these bytes: they may be older than their stamps
+
+
 VENUES: tuple[str, ...] = ("", ExchangeId.UPBIT.value, ExchangeId.BINANCE.value)
 """Venue names by their code in arrays; code 0 is "no venue" (clock samples)."""
 
@@ -87,7 +94,8 @@ class Frame:
     """One thing that happened.
 
     ``seq`` is the total order within a session; ``recv_ns`` is the wall clock and ``mono_ns`` the monotonic clock when it
-    happened; ``venue`` and ``conn`` say where (conn counts connections of the session from 1, 0 = none).
+    happened; ``venue`` and ``conn`` say where (conn counts connections of the session from 1, 0 = none). ``queue_us`` is the time
+    from there to the moment it got its ``seq``, microseconds; ``flags`` are bits of ``Flag``.
     """
 
     seq: int
@@ -98,6 +106,8 @@ class Frame:
     kind: FrameKind
     op: Op
     payload: bytes
+    queue_us: int = 0
+    flags: int = Flag.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +115,7 @@ class FrameBlock:
     """``n`` frames as columns, in the order of the tape.
 
     ``seq``, ``time_ns`` (engine time), ``recv_ns``, ``mono_ns``: int64[n]; ``venue``, ``kind``, ``op``: uint8[n] (codes of
-    ``VENUES``, ``FrameKind``, ``Op``); ``conn``: int32[n]; payload i is ``data[offsets[i]:offsets[i + 1]]`` with ``offsets``
+    ``VENUES``, ``FrameKind``, ``Op``); ``conn``, ``queue_us``: int32[n]; ``flags``: uint8[n]; payload i is ``data[offsets[i]:offsets[i + 1]]`` with ``offsets``
     int32[n + 1] and ``data`` uint8. Never written to after construction.
     """
 
@@ -117,6 +127,8 @@ class FrameBlock:
     conn: NDArray[np.int32]
     kind: NDArray[np.uint8]
     op: NDArray[np.uint8]
+    queue_us: NDArray[np.int32]
+    flags: NDArray[np.uint8]
     offsets: NDArray[np.int32]
     data: NDArray[np.uint8]
 
@@ -138,6 +150,8 @@ class FrameBlock:
             kind=FrameKind(int(self.kind[i])),
             op=Op(int(self.op[i])),
             payload=self.payload(i),
+            queue_us=int(self.queue_us[i]),
+            flags=int(self.flags[i]),
         )
 
     def frames(self) -> Iterator[Frame]:
@@ -155,6 +169,8 @@ class FrameBlock:
             conn=self.conn[start:stop],
             kind=self.kind[start:stop],
             op=self.op[start:stop],
+            queue_us=self.queue_us[start:stop],
+            flags=self.flags[start:stop],
             offsets=self.offsets[start : stop + 1],
             data=self.data,
         )
@@ -173,6 +189,8 @@ class FrameBlock:
             conn=np.array([f.conn for f in frames], dtype=np.int32),
             kind=np.array([f.kind for f in frames], dtype=np.uint8),
             op=np.array([f.op for f in frames], dtype=np.uint8),
+            queue_us=np.array([f.queue_us for f in frames], dtype=np.int32),
+            flags=np.array([f.flags for f in frames], dtype=np.uint8),
             offsets=offsets,
             data=np.frombuffer(b"".join(f.payload for f in frames), dtype=np.uint8),
         )

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 FLUSH_MS = 250
 VENUES = ("upbit", "binance")
 LOG_FRONT = struct.Struct("<4sIII")
-LOG_HEAD_BYTES = 8 + 8 + 8 + 4 + 1 + 1 + 1 + 4
+LOG_HEAD_BYTES = 8 + 8 + 8 + 4 + 4 + 1 + 1 + 1 + 1 + 4
 SEGMENT_BYTES = (2**27, 2_000_000)
 """Lives take turns: one long log, and logs so short that segments are sealed all the time."""
 

@@ -712,7 +712,7 @@ def sealed_bytes(lines: list[Line]) -> int:
                     # Both clocks were not in the capture; how far one reading lies after the other is taken from this machine.
                     wall, mono = stamp()
                     at_ns = line.recv_ns - (wall - mono)
-                    heads.append(HEAD.pack(seq, line.recv_ns, at_ns, 1, UPBIT, FrameKind.MESSAGE, Op.TEXT, len(line.payload)))
+                    heads.append(HEAD.pack(seq, line.recv_ns, at_ns, 1, 0, UPBIT, FrameKind.MESSAGE, Op.TEXT, 0, len(line.payload)))
                 log.write(encode_batch(heads, [line.payload for _, line in batch]))
         manifest = Manifest(
             tape_version=TAPE_VERSION,

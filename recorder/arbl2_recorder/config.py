@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,8 +16,18 @@ UPBIT_UNITS = (1, 5, 15, 30)
 UPBIT_FORMATS = ("DEFAULT", "SIMPLE")
 BINANCE_DEPTHS = (5, 10, 20)
 BINANCE_SPEEDS_MS = (100, 1000)
+SNAPSHOT_LIMITS = (100, 500, 1000, 5000)
 FX_COIN = "USDT"
 _COIN = re.compile(r"[A-Z0-9]{1,20}")
+
+
+class Stream(StrEnum):
+    """What can be recorded of a symbol."""
+
+    DEPTH = "depth"  # Upbit's order book, Binance's partial depth: every message is a whole window
+    DIFF = "diff"  # Binance's changes of the full book, with REST snapshots to start from
+    TRADE = "trade"  # both venues
+    BOOK_TICKER = "book_ticker"  # Binance's best bid and ask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +59,19 @@ class RecordConfig:
     out: Path = Path("tapes")
     venues: tuple[str, ...] = (ExchangeId.UPBIT.value, ExchangeId.BINANCE.value)
     symbols: tuple[str, ...] = ("BTC", "ETH", "XRP")
+    streams: tuple[str, ...] = (Stream.DEPTH.value,)
     duration_s: float | None = None
     endpoints: Endpoints = field(default_factory=Endpoints)
     upbit_format: str = "DEFAULT"
     upbit_units: int = 30
     binance_depth: int = 20
     binance_speed_ms: int = 100
+
+    legs: int = 1  # 2: every stream over two connections, of which either may drop
+    rotate_s: float = 82_800.0  # Binance ends connections after 24 h: replace them, make before break, at this age
+    connection_symbols: int = 100  # more symbols are spread over several connections
+    snapshot_limit: int = 1000  # levels a side of the REST books that a diff stream starts from
+    rules_s: float = 86_400.0  # ticks, lots and filters are fetched anew this often
 
     flush_ms: int = 250  # what a kill may cost at most
     fsync: bool = True  # also survive a power cut, not only a kill
@@ -70,7 +88,7 @@ class RecordConfig:
     stall_s: float = 60.0  # a connection that delivered nothing for this long is replaced
     ping_interval_s: float = 20.0
     ping_timeout_s: float = 20.0
-    dial_interval_s: float = 1.0  # at least this between two dials of one venue: Binance allows 300 in 5 minutes
+    dial_interval_s: float = 0.25  # at least this between two dials of one venue, besides the venue's own limits
     backoff_cap_s: float = 30.0
     stable_s: float = 10.0  # data must have flowed for this long before the back-off starts anew
     clock_s: float = 10.0
@@ -87,8 +105,18 @@ class RecordConfig:
                 raise ConfigError(f"symbol {coin!r} is not a base coin; write BTC, not KRW-BTC or BTCUSDT")
             if coin == FX_COIN:
                 raise ConfigError("leave out USDT: its KRW book is recorded whenever both venues are")
+        self._check_streams()
         self._check_choices()
         self._check_limits()
+
+    def _check_streams(self) -> None:
+        known = [stream.value for stream in Stream]
+        if not self.streams or len(set(self.streams)) != len(self.streams) or set(self.streams) - set(known):
+            raise ConfigError(f"streams {list(self.streams)} cannot be recorded; choose from {', '.join(known)}")
+        if ExchangeId.UPBIT in self.venues and not {Stream.DEPTH, Stream.TRADE} & set(self.streams):
+            raise ConfigError("Upbit offers the streams depth and trade. Add one of them, or record --venues binance only.")
+        if self.connection_symbols < 1:
+            raise ConfigError("connection_symbols must be at least 1")
 
     def _check_choices(self) -> None:
         choices: tuple[tuple[str, tuple[object, ...]], ...] = (
@@ -96,6 +124,8 @@ class RecordConfig:
             ("upbit_units", UPBIT_UNITS),
             ("binance_depth", BINANCE_DEPTHS),
             ("binance_speed_ms", BINANCE_SPEEDS_MS),
+            ("snapshot_limit", SNAPSHOT_LIMITS),
+            ("legs", (1, 2)),
         )
         for name, allowed in choices:
             if getattr(self, name) not in allowed:

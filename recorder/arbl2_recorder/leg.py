@@ -1,246 +1,261 @@
-"""One connection to one venue, kept alive: dial, subscribe, watch, dial again.
+"""A connection that is kept alive for as long as the recording lasts, and its twins.
 
-A ``Link`` is one connection from its dial to its end; a ``Leg`` is the sequence of them. What a link watches for is what a
-venue does not say: it answers with silence to a code it does not know, and closes politely after an error.
+A ``Leg`` is the sequence of links to one venue: dial, subscribe, watch, dial again. A link that is about to end (the venue
+closes connections after a day, or announces that it will) is replaced before it does: the new one must deliver every stream
+first. A ``Group`` is the legs that carry the same streams: one, or two so that a drop of either loses nothing. While several
+links of a group are open, the second copy of every message is left out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import uuid
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
 
-from arbl2.frames import FrameKind, Op
 from arbl2_recorder import clock
 from arbl2_recorder.backoff import Backoff
-from arbl2_recorder.status import VenueStatus
-from arbl2_recorder.venues import Sign
+from arbl2_recorder.copies import Copies
+from arbl2_recorder.link import Link, seconds
 from arbl2_recorder.wire import RecordingConnection
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from websockets.client import ClientProtocol
 
     from arbl2_recorder.config import RecordConfig
+    from arbl2_recorder.limits import Gate
     from arbl2_recorder.session import Session
     from arbl2_recorder.venues import VenueFeed
 
-_CLEAN_CODES = (1000, 1001)
 _wire_logger = logging.getLogger("arbl2.recorder.wire")
+COPY_WINDOW_NS = 30_000_000_000
+MOST_DIALS_ONCE_OPEN = 2
 
 
-def _seconds(ns: int) -> float:
-    return ns / 1e9
+@dataclass(slots=True)
+class _Life:
+    """One link with the task that dials it and waits for its end."""
+
+    link: Link
+    task: asyncio.Task[float]
 
 
-class Link:
-    """One connection: turns what happens on it into frames, and notices what does not happen."""
+class Group:
+    """The legs that carry one feed's streams, and what their links have said lately."""
 
-    def __init__(self, feed: VenueFeed, session: Session, conn: int) -> None:
-        self._feed = feed
-        self._session = session
-        self._accept = session.accept
-        self._is_data = feed.is_data
-        self._venue = feed.venue
-        self.conn = conn
-        self._unseen = set(feed.streams)
-        self._unacknowledged = feed.acknowledges
-        self._watching = True
-        self._subscribed_ns = 0
-        self._last_ns = 0
-        self.first_data_ns = 0
-        self.messages = 0
-        self.bytes = 0
-        self.longest_gap_ns = 0
-        self.first_ns = 0
-        self.is_open = False
-        self.problem = ""
+    def __init__(
+        self,
+        feed: VenueFeed,
+        session: Session,
+        config: RecordConfig,
+        gate: Gate,
+        on_first: Callable[[VenueFeed, str], None],
+    ) -> None:
+        self.feed = feed
+        self._copies = Copies(COPY_WINDOW_NS)
+        self._links: list[Link] = []
+        self._on_first = on_first
+        self.legs = [Leg(self, session, config, gate, number) for number in range(config.legs)]
 
-    @property
-    def last_ns(self) -> int:
-        """When the last message arrived (monotonic ns); 0 before the first."""
-        return self._last_ns
+    def link(self, session: Session) -> Link:
+        """A new link; from now on it counts as one of the group."""
+        link = Link(
+            self.feed,
+            session,
+            session.connection(),
+            is_copy=self._copies.is_copy,
+            is_covered=self._is_covered,
+            on_first=self._first,
+        )
+        self._links.append(link)
+        self._count()
+        return link
 
-    def opened(self, recv_ns: int, mono_ns: int) -> None:
-        """The handshake succeeded."""
-        self.is_open = True
-        self._frame(FrameKind.OPENED, {"url": self._feed.url}, recv_ns, mono_ns)
+    def drop(self, link: Link) -> None:
+        """The link has ended."""
+        self._links.remove(link)
+        self._count()
 
-    def message(self, op: Op, payload: bytes, recv_ns: int, mono_ns: int) -> None:
-        """Keep it first; look into it only while something is still waited for."""
-        self._accept(self._venue, self.conn, FrameKind.MESSAGE, op, payload, recv_ns, mono_ns)
-        self.messages += 1
-        self.bytes += len(payload)
-        if mono_ns - self._last_ns > self.longest_gap_ns:
-            self._note_gap(mono_ns)
-        self._last_ns = mono_ns
-        if self._unseen or not self._is_data(payload):
-            self._look(payload, recv_ns, mono_ns)
+    def _count(self) -> None:
+        alone = len(self._links) < 2
+        if alone:
+            self._copies.clear()
+        for link in self._links:
+            link.alone = alone
 
-    def _note_gap(self, mono_ns: int) -> None:
-        if self._last_ns:
-            self.longest_gap_ns = mono_ns - self._last_ns
-        else:
-            self.first_ns = mono_ns
+    def _is_covered(self, ended: Link) -> bool:
+        return any(link.carries_all for link in self._links if link is not ended)
 
-    def closed(self, code: int, reason: str, recv_ns: int, mono_ns: int) -> None:
-        """The connection ended. After an error of the venue even a close with 1000 is not a clean end."""
-        self.is_open = False
-        facts: dict[str, Any] = {"code": code, "reason": reason}
-        facts["clean"] = code in _CLEAN_CODES and not self.problem
-        if self.problem:
-            facts["error"] = self.problem
-        self._frame(FrameKind.CLOSED, facts, recv_ns, mono_ns)
-
-    def sent(self, payload: bytes) -> None:
-        """A subscription is about to leave; from now on answers are waited for."""
-        recv_ns, mono_ns = clock.stamp()
-        self._subscribed_ns = mono_ns
-        self._accept(self._venue, self.conn, FrameKind.SENT, Op.TEXT, payload, recv_ns, mono_ns)
-
-    def refused(self, reason: str) -> None:
-        """The dial failed: there was no connection, but there is an end to record."""
-        self._frame(FrameKind.CLOSED, {"code": 1006, "reason": reason, "clean": False}, *clock.stamp())
-
-    def check(self, now_ns: int, snapshot_timeout_s: float) -> None:
-        """Raise an alarm, once each, for everything that should have come by now."""
-        if not self._watching or not self._subscribed_ns:
-            return
-        if _seconds(now_ns - self._subscribed_ns) < snapshot_timeout_s:
-            return
-        self._watching = False
-        if self._unacknowledged:
-            self._alarm("no_ack", timeout_s=snapshot_timeout_s)
-        for stream in sorted(self._unseen):
-            self._alarm("silent", stream=stream, timeout_s=snapshot_timeout_s)
-        self._unseen.clear()
-
-    def finish(self) -> None:
-        """The recording ends: streams that never said anything are named, even if their time was not up."""
-        if self._watching and self._subscribed_ns:
-            self._watching = False
-            for stream in sorted(self._unseen):
-                self._alarm("silent", stream=stream)
-
-    def silent_s(self, now_ns: int) -> float:
-        """Seconds since the last message, or since the subscription if none came."""
-        since = max(self._last_ns, self._subscribed_ns)
-        return _seconds(now_ns - since) if since else 0.0
-
-    def _look(self, payload: bytes, recv_ns: int, mono_ns: int) -> None:
-        note = self._feed.read(payload)
-        if note.sign is Sign.DATA:
-            self._unseen.discard(note.text)
-            self.first_data_ns = self.first_data_ns or mono_ns
-        elif note.sign is Sign.ACK:
-            self._unacknowledged = False
-        elif note.sign is Sign.ERROR:
-            # A refusal is an answer: complaining about a missing one too would say it twice.
-            self._unacknowledged = False
-            self.problem = note.text
-            self._alarm("venue_error", at=(recv_ns, mono_ns), said=note.text)
-        elif note.sign is Sign.SHUTDOWN:
-            self._alarm("venue_shutdown", at=(recv_ns, mono_ns))
-
-    def _alarm(self, name: str, *, at: tuple[int, int] | None = None, **facts: Any) -> None:
-        self._session.alarm(name, venue=self._venue, conn=self.conn, at=at, **facts)
-
-    def _frame(self, kind: FrameKind, facts: dict[str, Any], recv_ns: int, mono_ns: int) -> None:
-        self._session.record(self._venue, self.conn, kind, facts, recv_ns, mono_ns)
+    def _first(self, link: Link, stream: str) -> None:
+        if not self._is_covered(link):
+            self._on_first(self.feed, stream)
 
 
 class Leg:
-    """Keeps one venue connected until cancelled. Totals are over all its links."""
+    """Keeps one link of a group open until cancelled. Totals are over all its links."""
 
-    def __init__(self, feed: VenueFeed, session: Session, config: RecordConfig) -> None:
-        self.feed = feed
+    def __init__(self, group: Group, session: Session, config: RecordConfig, gate: Gate, number: int) -> None:
+        self.feed = group.feed
+        self._group = group
         self._session = session
         self._config = config
+        self._gate = gate
         self._backoff = Backoff(config.backoff_cap_s)
-        self._link: Link | None = None
-        self._socket: RecordingConnection | None = None
-        self._dialled_ns = 0
+        self._lives: list[_Life] = []
+        self._sockets: dict[int, RecordingConnection] = {}
         self._started_ns = clock.mono_ns()
-        self._connections = 0
         self._messages = 0
         self._bytes = 0
+        self._copies = 0
         self._last_ns = 0
         self._longest_gap_ns = 0
+        # Twins must not be replaced at the same moment.
+        self._age_s = self._new_age_s() * (1 - number / config.legs)
+        self.connections = 0
+        self.lost = 0
         self._state = "dialling"
         self.problem = ""
         self.delivered = False
 
     @property
+    def state(self) -> str:
+        """open, dialling or waiting (for the next dial)."""
+        return "open" if any(life.link.is_open for life in self._lives) else self._state
+
+    @property
     def messages(self) -> int:
-        """Messages received so far."""
-        return self._messages + (self._link.messages if self._link else 0)
+        """Messages received so far, copies included."""
+        return self._messages + sum(life.link.messages for life in self._lives)
+
+    @property
+    def copies(self) -> int:
+        """Those of them that another leg, or the link before, had delivered already."""
+        return self._copies + sum(life.link.copies for life in self._lives)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in them."""
+        return self._bytes + sum(life.link.bytes for life in self._lives)
+
+    @property
+    def last_ns(self) -> int:
+        """When the last message arrived (monotonic ns); 0 before the first."""
+        return max([self._last_ns, *(life.link.last_ns for life in self._lives)])
 
     async def run(self) -> None:
-        """Dial, record, dial again. Ends by cancellation only, and then closes the connection properly."""
-        while True:
-            link = self._link = Link(self.feed, self._session, self._session.connection())
-            self._state = "dialling"
-            self._dialled_ns = clock.mono_ns()
-            wait_s = 0.0
+        """Dial, record, replace, dial again. Ends by cancellation only, and then closes its connections properly."""
+        try:
+            life = self._start()
+            while True:
+                life = await self._next(life)
+        finally:
+            tasks = [life.task for life in self._lives]
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+
+    async def _next(self, life: _Life) -> _Life:
+        """Wait until this life is over or should be, and return the one that goes on."""
+        leaving = asyncio.ensure_future(life.link.leaving.wait())
+        try:
+            await asyncio.wait({life.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+        if life.task.done():
+            self.lost += life.link.opened_ns > 0
+            await self._rest(life.task.result())
+            return self._start()
+        return await self._replace(life)
+
+    async def _replace(self, old: _Life) -> _Life:
+        """Make before break. If no successor comes up the old link goes on for as long as the venue lets it."""
+        for _ in range(MOST_DIALS_ONCE_OPEN):
+            new = self._start()
+            ready = asyncio.ensure_future(new.link.ready.wait())
             try:
-                wait_s = await self._dial(link)
+                await asyncio.wait({new.task, ready}, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                self._retire(link)
-            self._state = "waiting"
-            since_dial_s = _seconds(clock.mono_ns() - self._dialled_ns)
-            floor_s = self._config.dial_interval_s - since_dial_s
-            await asyncio.sleep(max(floor_s, wait_s, self._backoff.delay_s()))
+                ready.cancel()
+            asked_s = 0.0
+            if new.task.done():
+                asked_s = new.task.result()
+            elif new.link.first_data_ns:
+                self._age_s = self._new_age_s()
+                await self._end(old)
+                return new
+            else:
+                await self._end(new)
+            await self._rest(asked_s)
+            if old.task.done():
+                return self._start()
+        old.link.leaving.clear()
+        old.link.opened_ns = clock.mono_ns()
+        self._age_s = self._config.backoff_cap_s
+        return old
+
+    def _new_age_s(self) -> float:
+        return self.feed.max_age_s * random.uniform(0.95, 1.0)  # noqa: S311 - jitter, not a secret
+
+    @staticmethod
+    async def _end(life: _Life) -> None:
+        life.task.cancel()
+        await asyncio.wait({life.task})
+
+    async def _rest(self, asked_s: float) -> None:
+        self._state = "waiting"
+        await asyncio.sleep(max(asked_s, self._backoff.delay_s()))
+
+    def _start(self) -> _Life:
+        link = self._group.link(self._session)
+        life = _Life(link, asyncio.create_task(self._live(link)))
+        self._lives.append(life)
+        life.task.add_done_callback(lambda _: self._retire(life))
+        return life
 
     def finish(self) -> None:
         """The recording is about to end."""
-        if self._link is not None:
-            self._link.finish()
+        for life in self._lives:
+            life.link.finish()
 
     def longest_silence_s(self, start_ns: int, end_ns: int) -> float:
         """The longest time without a message between two instants, the time before the first and after the last included."""
         if not self._last_ns:
-            return _seconds(end_ns - start_ns)
-        return _seconds(max(self._longest_gap_ns, end_ns - self._last_ns))
+            return seconds(end_ns - start_ns)
+        return seconds(max(self._longest_gap_ns, end_ns - self._last_ns))
 
     def check(self, now_ns: int) -> None:
         """Called several times a second: alarms that are due, and the end of a connection that has gone silent."""
-        link, socket = self._link, self._socket
-        if link is None or socket is None or not link.is_open:
-            return
-        link.check(now_ns, self._config.snapshot_timeout_s)
-        self.delivered = self.delivered or link.first_data_ns > 0
-        silent_s = link.silent_s(now_ns)
-        if silent_s > self._config.stall_s:
-            self._session.alarm("stalled", venue=self.feed.venue, conn=link.conn, silent_s=round(silent_s, 3))
-            link.problem = "stalled"
-            self._socket = None
-            socket.transport.abort()
+        for life in self._lives:
+            link, socket = life.link, self._sockets.get(life.link.conn)
+            if socket is None or not link.is_open:
+                continue
+            link.check(now_ns, self._config.snapshot_timeout_s, self._age_s)
+            self.delivered = self.delivered or link.first_data_ns > 0
+            silent_s = link.silent_s(now_ns)
+            # Quiet markets exist: what has been silent for long before, and spoke again, is given longer.
+            if silent_s > max(self._config.stall_s, 2 * seconds(link.longest_gap_ns)):
+                self._session.alarm("stalled", venue=self.feed.venue, conn=link.conn, silent_s=round(silent_s, 3))
+                link.problem = "stalled"
+                del self._sockets[link.conn]
+                socket.transport.abort()
 
-    def status(self, now_ns: int, rate_per_s: float) -> VenueStatus:
-        """A snapshot for people."""
-        link = self._link
-        last_ns = max(self._last_ns, link.last_ns if link else 0)
-        return VenueStatus(
-            name=self.feed.name,
-            state=self._state,
-            connections=self._connections,
-            messages=self.messages,
-            bytes=self._bytes + (link.bytes if link else 0),
-            rate_per_s=rate_per_s,
-            last_message_s=_seconds(now_ns - last_ns) if last_ns else None,
-            problem=self.problem,
-        )
-
-    async def _dial(self, link: Link) -> float:
+    async def _live(self, link: Link) -> float:
         """One connection from dial to end; returns how long the venue asked to be left alone, seconds."""
         config = self._config
 
         def create(protocol: ClientProtocol, **options: Any) -> RecordingConnection:
             return RecordingConnection(protocol, tap=link, **options)
 
+        await self._gate.enter()
+        self._state = "dialling"
         try:
             opened = await connect(
                 self.feed.url,
@@ -256,33 +271,34 @@ class Leg:
             self.problem = str(error) or type(error).__name__
             link.refused(self.problem)
             return _retry_after_s(error)
-        socket = self._socket = cast("RecordingConnection", opened)
-        self._connections += 1
-        self._state = "open"
+        socket = self._sockets[link.conn] = cast("RecordingConnection", opened)
+        self.connections += 1
         try:
-            subscription = self.feed.subscription(str(uuid.uuid4()))
-            link.sent(subscription)
-            await socket.send(subscription.decode("utf-8"))
+            for subscription in self.feed.subscriptions(str(uuid.uuid4())):
+                link.sent(subscription)
+                await socket.send(subscription.decode("utf-8"))
             await socket.wait_closed()
         except (OSError, WebSocketException) as error:
             self.problem = str(error)
         finally:
-            self._socket = None
+            self._sockets.pop(link.conn, None)
             await socket.close()
         self.problem = link.problem or "the connection was closed"
         return 0.0
 
-    def _retire(self, link: Link) -> None:
-        self._link = None
+    def _retire(self, life: _Life) -> None:
+        link = life.link
+        self._lives.remove(life)
+        self._group.drop(link)
         self._messages += link.messages
         self._bytes += link.bytes
+        self._copies += link.copies
         if link.first_ns:
-            self._longest_gap_ns = max(
-                self._longest_gap_ns, link.longest_gap_ns, link.first_ns - (self._last_ns or self._started_ns)
-            )
+            before_ns = link.first_ns - (self._last_ns or self._started_ns)
+            self._longest_gap_ns = max(self._longest_gap_ns, link.longest_gap_ns, before_ns)
         self._last_ns = max(self._last_ns, link.last_ns)
         self.delivered = self.delivered or link.first_data_ns > 0
-        if link.first_data_ns and _seconds(link.last_ns - link.first_data_ns) >= self._config.stable_s:
+        if link.first_data_ns and seconds(link.last_ns - link.first_data_ns) >= self._config.stable_s:
             self._backoff.reset()
 
 

@@ -24,17 +24,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAGIC = b"A2L1"
-HEAD = struct.Struct("<qqqiBBBI")
-"""One frame: seq, recv_ns, mono_ns, conn, venue, kind, op, payload length."""
+HEAD = struct.Struct("<qqqiiBBBBI")
+"""One frame: seq, recv_ns, mono_ns, conn, queue_us, venue, kind, op, flags, payload length."""
 HEAD_DTYPE = np.dtype(
     [
         ("seq", "<i8"),
         ("recv_ns", "<i8"),
         ("mono_ns", "<i8"),
         ("conn", "<i4"),
+        ("queue_us", "<i4"),
         ("venue", "u1"),
         ("kind", "u1"),
         ("op", "u1"),
+        ("flags", "u1"),
         ("size", "<u4"),
     ]
 )
@@ -128,6 +130,8 @@ def _decode(batch: bytes, anchor: Anchor) -> FrameBlock | None:
         conn=head["conn"].copy(),
         kind=head["kind"].copy(),
         op=head["op"].copy(),
+        queue_us=head["queue_us"].copy(),
+        flags=head["flags"].copy(),
         offsets=offsets.astype(np.int32),
         data=np.frombuffer(batch, np.uint8, count=body, offset=_HEADS_AT + rows * HEAD.size),
     )

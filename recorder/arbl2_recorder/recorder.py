@@ -10,29 +10,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import platform
-import secrets
 import signal
 import sys
 import threading
-from importlib.metadata import version
-from pathlib import Path
+from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
 from arbl2.errors import VenueError
-from arbl2.frames import FrameKind, Op
-from arbl2.tape import LOG, TAPE_VERSION, Manifest, save_manifest
-from arbl2_recorder import clock, rest
+from arbl2.tape import LOG, save_manifest
+from arbl2_recorder import clock
+from arbl2_recorder.birth import create
 from arbl2_recorder.consumer import Consumer
-from arbl2_recorder.leg import Leg
+from arbl2_recorder.desk import Desk
+from arbl2_recorder.leg import Group
+from arbl2_recorder.limits import Gate, Limit
 from arbl2_recorder.recovery import recover_locked
 from arbl2_recorder.seal import Sealer
-from arbl2_recorder.session import Session
-from arbl2_recorder.status import RecordResult, Status
-from arbl2_recorder.storage import RootLock, storage_error
+from arbl2_recorder.session import BEAT_S, Session
+from arbl2_recorder.status import RecordResult, Status, VenueStatus
+from arbl2_recorder.storage import RootLock
 from arbl2_recorder.venues import feeds
 from arbl2_recorder.writer import LogWriter
 
@@ -97,6 +95,69 @@ async def arecord(
         return await run.work(tuple(recovered))
 
 
+class _Venue:
+    """Everything that counts against the limits of one venue: its connections and its REST side."""
+
+    def __init__(self, venue_feeds: list[VenueFeed], session: Session, config: RecordConfig) -> None:
+        feed = venue_feeds[0]
+        self.name = feed.name
+        self.url = feed.url
+        self._feeds = venue_feeds
+        gate = Gate(Limit(1, config.dial_interval_s), *feed.dial_limits)
+        self.desk = Desk(feed.venue, session, Gate(*feed.rest_limits), config.rest_timeout_s)
+        self.groups = [Group(one, session, config, gate, self._first) for one in venue_feeds]
+        self.legs = [leg for group in self.groups for leg in group.legs]
+        self._rated = 0
+
+    def _first(self, feed: VenueFeed, stream: str) -> None:
+        if (ask := feed.snapshot(stream)) is not None:
+            self.desk.ask(ask)
+
+    def ask_rules(self) -> None:
+        """Ticks, lots and filters of everything that is recorded."""
+        for feed in self._feeds:
+            for ask in feed.rules:
+                self.desk.ask(ask)
+
+    @property
+    def delivered(self) -> bool:
+        """Whether any data has come."""
+        return any(leg.delivered for leg in self.legs)
+
+    @property
+    def problem(self) -> str:
+        """The last one."""
+        return next((leg.problem for leg in self.legs if leg.problem), "")
+
+    @property
+    def messages(self) -> int:
+        """Messages received, copies not counted twice."""
+        return sum(leg.messages - leg.copies for leg in self.legs)
+
+    def longest_silence_s(self, start_ns: int, end_ns: int) -> float:
+        """The longest time in which one of the feeds said nothing on any of its legs, at most."""
+        return max(min(leg.longest_silence_s(start_ns, end_ns) for leg in group.legs) for group in self.groups)
+
+    def status(self, now_ns: int, span_s: float) -> VenueStatus:
+        """A snapshot for people; ``span_s`` has passed since the last one."""
+        last_ns = max(leg.last_ns for leg in self.legs)
+        rate_per_s, self._rated = (self.messages - self._rated) / span_s, self.messages
+        states = [leg.state for leg in self.legs]
+        opened = sum(leg.connections for leg in self.legs)
+        return VenueStatus(
+            name=self.name,
+            state=next((state for state in states if state != "open"), "open"),
+            connections=opened,
+            messages=self.messages,
+            bytes=sum(leg.bytes for leg in self.legs),
+            rate_per_s=rate_per_s,
+            last_message_s=(now_ns - last_ns) / 1e9 if last_ns else None,
+            problem=self.problem,
+            open_connections=states.count("open"),
+            reconnects=sum(leg.lost for leg in self.legs),
+        )
+
+
 class _Run:
     def __init__(
         self,
@@ -115,7 +176,7 @@ class _Run:
         self._error: Exception | None = None
         self._phase = "recording"
         self._feeds = feeds(config)
-        self._path, manifest = _create(config, self._feeds)
+        self._path, manifest = create(config, self._feeds)
         self._started_ns = manifest.anchor_mono_ns
         self._sealer = Sealer(self._path, manifest, self._fail)
         self._log = LogWriter(
@@ -129,8 +190,7 @@ class _Run:
         )
         self._consumer = Consumer(on_frame, self._fail, limit_bytes=config.queue_bytes) if on_frame is not None else None
         self._session = Session(self._log, queue_bytes=config.queue_bytes, consumer=self._consumer)
-        self._legs = [Leg(feed, self._session, config) for feed in self._feeds]
-        self._rated = {leg.feed.name: 0 for leg in self._legs}
+        self._venues = [_Venue(list(part), self._session, config) for _, part in groupby(self._feeds, lambda feed: feed.name)]
         self._rated_ns = self._started_ns
 
     def _end(self, why: str, error: Exception | None = None) -> None:
@@ -146,16 +206,18 @@ class _Run:
     async def work(self, recovered: tuple[RecoveryReport, ...]) -> RecordResult:
         """Record until something ends it, then drain and seal."""
         handled = self._catch_signals()
-        tasks = [asyncio.create_task(leg.run()) for leg in self._legs]
-        tasks += [asyncio.create_task(self._fetch(feed)) for feed in self._feeds]
+        tasks = [asyncio.create_task(leg.run()) for venue in self._venues for leg in venue.legs]
+        tasks += [asyncio.create_task(venue.desk.run()) for venue in self._venues]
+        tasks.append(asyncio.create_task(self._beat()))
         for task in tasks:
             task.add_done_callback(self._task_done)
         try:
             await self._mind()
         finally:
             self._ended_ns = clock.mono_ns()
-            for leg in self._legs:
-                leg.finish()
+            for venue in self._venues:
+                for leg in venue.legs:
+                    leg.finish()
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
@@ -176,11 +238,17 @@ class _Run:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._end("failed", error if isinstance(error, Exception) else RuntimeError(str(error)))
 
+    async def _beat(self) -> None:
+        while True:
+            self._session.beat()
+            await asyncio.sleep(BEAT_S)
+
     async def _mind(self) -> None:
-        """Everything that is due by time: clock samples, alarms, the status, the end."""
+        """Everything that is due by time: clock samples, rules, alarms, the status, the end."""
         config, session = self._config, self._session
         sampled = session.clock_sample()
         status_ns = self._started_ns
+        rules_ns = 0
         while not self._over.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), TICK_S)
@@ -190,8 +258,13 @@ class _Run:
                 moved_ns = clock.drift_ns(earlier, sampled)
                 if abs(moved_ns) > CLOCK_STEP_NS:
                     session.alarm("clock_step", moved_ns=moved_ns)
-            for leg in self._legs:
-                leg.check(now_ns)
+            if not rules_ns or now_ns - rules_ns >= config.rules_s * 1e9:
+                rules_ns = now_ns
+                for venue in self._venues:
+                    venue.ask_rules()
+            for venue in self._venues:
+                for leg in venue.legs:
+                    leg.check(now_ns)
             if now_ns - status_ns >= config.status_s * 1e9:
                 status_ns = now_ns
                 self._tell(now_ns)
@@ -202,25 +275,14 @@ class _Run:
             self._end("stop")
         elif self._config.duration_s is not None and elapsed_s >= self._config.duration_s:
             self._end("duration")
-        elif elapsed_s >= self._config.first_connect_s and not any(leg.delivered for leg in self._legs):
+        elif elapsed_s >= self._config.first_connect_s and not any(venue.delivered for venue in self._venues):
             self._end("failed", self._nothing_came())
 
     def _nothing_came(self) -> VenueError:
-        reasons = "; ".join(f"{leg.feed.name} ({leg.feed.url}): {leg.problem or 'no data'}" for leg in self._legs)
+        reasons = "; ".join(f"{venue.name} ({venue.url}): {venue.problem or 'no data'}" for venue in self._venues)
         return VenueError(
             f"no venue delivered anything. {reasons}. Check the network and the endpoints; the attempts are in {self._path}."
         )
-
-    async def _fetch(self, feed: VenueFeed) -> None:
-        session = self._session
-        for url in feed.rest_urls:
-            session.record(feed.venue, 0, FrameKind.REQUEST, {"method": "GET", "url": url}, *clock.stamp())
-            try:
-                body = await rest.fetch(url, self._config.rest_timeout_s)
-            except VenueError as error:
-                session.alarm("rest_failed", venue=feed.venue, url=url, said=str(error))
-            else:
-                session.accept(feed.venue, 0, FrameKind.RESPONSE, Op.NONE, body, *clock.stamp())
 
     async def _drain(self) -> None:
         """Close the log and seal it. A failed disk leaves the session to be recovered."""
@@ -253,7 +315,7 @@ class _Run:
         error = self._log.error or self._sealer.error or self._error
         if error is not None:
             raise error
-        if not any(leg.delivered for leg in self._legs):
+        if not any(venue.delivered for venue in self._venues):
             raise self._nothing_came()
         manifest, session = self._sealer.manifest, self._session
         return RecordResult(
@@ -262,11 +324,11 @@ class _Run:
             frames=manifest.rows,
             payload_bytes=session.payload_bytes,
             sealed_bytes=sum(segment.bytes for segment in manifest.segments),
-            messages={leg.feed.name: leg.messages for leg in self._legs},
+            messages={venue.name: venue.messages for venue in self._venues},
             counts=manifest.counts,
             alarms=dict(sorted(session.alarms.items())),
             silent=tuple(sorted(session.silent)),
-            longest_silence_s={leg.feed.name: leg.longest_silence_s(self._started_ns, self._ended_ns) for leg in self._legs},
+            longest_silence_s={venue.name: venue.longest_silence_s(self._started_ns, self._ended_ns) for venue in self._venues},
             dropped=session.dropped,
             duration_s=(clock.mono_ns() - self._started_ns) / 1e9,
             ended=self._ended,
@@ -278,11 +340,7 @@ class _Run:
         if self._on_status is None:
             return
         span_s = max((now_ns - self._rated_ns) / 1e9, 1e-9)
-        venues = []
-        for leg in self._legs:
-            messages = leg.messages
-            venues.append(leg.status(now_ns, (messages - self._rated[leg.feed.name]) / span_s))
-            self._rated[leg.feed.name] = messages
+        venues = tuple(venue.status(now_ns, span_s) for venue in self._venues)
         self._rated_ns = now_ns
         segments, session = self._sealer.manifest.segments, self._session
         self._on_status(
@@ -290,7 +348,7 @@ class _Run:
                 session=self._path.name,
                 phase=self._phase,
                 elapsed_s=(now_ns - self._started_ns) / 1e9,
-                venues=tuple(venues),
+                venues=venues,
                 frames=session.seq,
                 queued_bytes=self._log.queued_bytes,
                 logged_bytes=self._log.logged_bytes,
@@ -302,53 +360,3 @@ class _Run:
                 last_alarm=session.last_alarm,
             )
         )
-
-
-def _create(config: RecordConfig, venue_feeds: list[VenueFeed]) -> tuple[Path, Manifest]:
-    """A new session folder with its first manifest."""
-    anchor = clock.sample()
-    try:
-        while True:
-            path = config.out / f"{clock.utc_name(anchor.wall_ns)}-{secrets.token_hex(2)}"
-            with contextlib.suppress(FileExistsError):
-                path.mkdir()
-                break
-    except OSError as error:
-        raise storage_error(config.out, error) from error
-    manifest = Manifest(
-        tape_version=TAPE_VERSION,
-        session=path.name,
-        state="recording",
-        anchor_wall_ns=anchor.wall_ns,
-        anchor_mono_ns=anchor.mono_ns,
-        versions={
-            "arbl2": version("arbl2"),
-            "python": platform.python_version(),
-            "websockets": version("websockets"),
-            "pyarrow": version("pyarrow"),
-        },
-        host=_host(),
-        endpoints={
-            f"{feed.name}_{kind}": url
-            for feed in venue_feeds
-            for kind, url in (("ws", feed.url), ("rest", getattr(config.endpoints, f"{feed.name}_rest")))
-        },
-        instruments=config.instruments(),
-        subscriptions={feed.name: msgspec.json.decode(feed.subscription("")) for feed in venue_feeds},
-    )
-    save_manifest(path, manifest)
-    return path, manifest
-
-
-def _host() -> dict[str, str]:
-    host = {
-        "name": platform.node(),
-        "system": f"{platform.system()} {platform.release()}",
-        "machine": platform.machine(),
-        "cpus": str(os.cpu_count() or 0),
-        "pid": str(os.getpid()),
-    }
-    # Monotonic stamps of two sessions can be compared only within one boot.
-    with contextlib.suppress(OSError):
-        host["boot_id"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return host

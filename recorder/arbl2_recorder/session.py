@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from arbl2.frames import VENUES, Anchor, Frame, FrameKind, Op
+from arbl2.frames import VENUES, Anchor, Flag, Frame, FrameKind, Op
 from arbl2_recorder import clock
 from arbl2_recorder.log import HEAD
 
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("arbl2.recorder")
 _MESSAGE = FrameKind.MESSAGE
+_LATE, _ON_TIME = int(Flag.LATE), int(Flag.NONE)
+_MOST_US = 2**31 - 1
+BEAT_S = 0.005
+LATE_NS = 20_000_000
+"""A beat that is older than this when bytes are read means that the event loop was held up by something else."""
 
 
 @dataclass(slots=True)
@@ -49,6 +54,11 @@ class Session:
         self.alarms: Counter[str] = Counter()
         self.last_alarm = ""
         self.silent: set[str] = set()
+        self._beat_ns = clock.mono_ns()
+
+    def beat(self) -> None:
+        """The event loop turns: called every ``BEAT_S``. What is read long after the last beat may have waited in the kernel."""
+        self._beat_ns = clock.mono_ns()
 
     def connection(self) -> int:
         """A new connection number, from 1. Every dial gets one, whether it succeeds or not."""
@@ -91,9 +101,11 @@ class Session:
     def _append(self, venue: int, conn: int, kind: FrameKind, op: Op, payload: bytes, recv_ns: int, mono_ns: int) -> int:
         self.seq = seq = self.seq + 1
         self.payload_bytes += len(payload)
-        self._log.append(HEAD.pack(seq, recv_ns, mono_ns, conn, venue, kind, op, len(payload)), payload)
+        flags = _LATE if mono_ns - self._beat_ns > LATE_NS else _ON_TIME
+        queue_us = min((clock.mono_ns() - mono_ns) // 1000, _MOST_US)
+        self._log.append(HEAD.pack(seq, recv_ns, mono_ns, conn, queue_us, venue, kind, op, flags, len(payload)), payload)
         if self._consumer is not None:
-            self._consumer.put(Frame(seq, recv_ns, mono_ns, VENUES[venue], conn, kind, op, payload))
+            self._consumer.put(Frame(seq, recv_ns, mono_ns, VENUES[venue], conn, kind, op, payload, queue_us, flags))
         return seq
 
     def _lose(self, venue: int, conn: int, payload: bytes, recv_ns: int) -> None:

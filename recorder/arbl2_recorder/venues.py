@@ -7,6 +7,7 @@ whose first bytes say "data" is not looked into once every code of the connectio
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +16,8 @@ from urllib.parse import quote
 import msgspec
 
 from arbl2.frames import BINANCE, UPBIT, ExchangeId
+from arbl2_recorder.config import Stream
+from arbl2_recorder.limits import Limit
 
 if TYPE_CHECKING:
     from arbl2_recorder.config import RecordConfig
@@ -41,6 +44,14 @@ class Note:
 _OTHER = Note(Sign.OTHER)
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A REST request and what it weighs at the venue."""
+
+    url: str
+    weight: int
+
+
 class VenueFeed(Protocol):
     """One venue as the recorder sees it."""
 
@@ -57,19 +68,42 @@ class VenueFeed(Protocol):
         """WebSocket URL."""
 
     @property
+    def label(self) -> str:
+        """Tells the feeds of one venue apart: its name, with a number from the second one on."""
+
+    @property
     def streams(self) -> tuple[str, ...]:
         """What must show a first message after subscribing."""
+
+    @property
+    def quiet(self) -> frozenset[str]:
+        """Those of them that may say nothing for long although all is well."""
+
+    @property
+    def max_age_s(self) -> float:
+        """How old a connection may become before it is replaced, seconds."""
 
     @property
     def acknowledges(self) -> bool:
         """Whether the venue answers a subscription."""
 
     @property
-    def rest_urls(self) -> tuple[str, ...]:
-        """REST bodies to fetch once at the start (ticks, lots, filters)."""
+    def dial_limits(self) -> tuple[Limit, ...]:
+        """How often the venue may be dialled."""
 
-    def subscription(self, ticket: str) -> bytes:
-        """The text message that subscribes to everything at once; ``ticket`` is unique per connection."""
+    @property
+    def rest_limits(self) -> tuple[Limit, ...]:
+        """How much may be asked of its REST side, in its own weights."""
+
+    @property
+    def rules(self) -> tuple[Ask, ...]:
+        """REST bodies to fetch at the start and every day (ticks, lots, filters, what is listed)."""
+
+    def snapshot(self, stream: str) -> Ask | None:
+        """What to fetch before the stream means anything, None if it stands on its own."""
+
+    def subscriptions(self, ticket: str) -> tuple[bytes, ...]:
+        """The text messages that subscribe to everything; ``ticket`` is unique per connection."""
 
     def is_data(self, payload: bytes) -> bool:
         """Whether the first bytes are those of a data message. May say no to one, never yes to anything else."""
@@ -79,42 +113,67 @@ class VenueFeed(Protocol):
 
 
 class _UpbitMessage(msgspec.Struct):
+    type: str | None = None
+    ty: str | None = None
     code: str | None = None
     cd: str | None = None
     error: dict[str, Any] | None = None
 
 
+_UPBIT_DATA = (b'{"type":"orderbook"', b'{"ty":"orderbook"', b'{"type":"trade"', b'{"ty":"trade"')
 _upbit_message = msgspec.json.Decoder(_UpbitMessage)
 
 
 @dataclass(frozen=True, slots=True)
 class UpbitFeed:
-    """Order books of Upbit. There is no acknowledgement: the first book of each code is the only sign of success."""
+    """Order books and trades of Upbit. It acknowledges nothing: the first message of each code is the only sign of success."""
 
     url: str
     rest: str
-    streams: tuple[str, ...]
+    codes: tuple[str, ...]
+    types: tuple[str, ...]
     units: int
     format: str
+    label: str = ExchangeId.UPBIT.value
     venue: int = UPBIT
     name: str = ExchangeId.UPBIT.value
     acknowledges: bool = False
+    quiet: frozenset[str] = frozenset()
+    max_age_s: float = math.inf
+    dial_limits: tuple[Limit, ...] = (Limit(4, 1.0),)
+    rest_limits: tuple[Limit, ...] = (Limit(8, 1.0),)
 
     @property
-    def rest_urls(self) -> tuple[str, ...]:
-        """Tick size per market."""
-        return (f"{self.rest}/v1/orderbook/instruments?markets={quote(','.join(self.streams), safe=',')}",)
+    def streams(self) -> tuple[str, ...]:
+        """Named as the venue's types and codes are: both come in every message."""
+        return tuple(f"{code}@{kind}" for kind in self.types for code in self.codes)
 
-    def subscription(self, ticket: str) -> bytes:
+    @property
+    def rules(self) -> tuple[Ask, ...]:
+        """Tick size per market, and everything that is listed."""
+        codes = quote(",".join(self.codes), safe=",")
+        return (
+            Ask(f"{self.rest}/v1/orderbook/instruments?markets={codes}", 1),
+            Ask(f"{self.rest}/v1/market/all?is_details=true", 1),
+        )
+
+    def snapshot(self, stream: str) -> Ask | None:
+        """Every message is a whole book, or a trade."""
+        return None
+
+    def subscriptions(self, ticket: str) -> tuple[bytes, ...]:
         """The venue wants an array of parts; a later subscription would replace this one, so it names every code."""
-        # The depth is written out even where it equals today's default, which the venue has changed before.
-        codes = [f"{code}.{self.units}" for code in self.streams]
-        parts = [{"ticket": ticket}, {"type": "orderbook", "codes": codes}, {"format": self.format}]
-        return msgspec.json.encode(parts)
+        parts: list[dict[str, Any]] = [{"ticket": ticket}]
+        for kind in self.types:
+            # The depth is written out even where it equals today's default, which the venue has changed before.
+            suffix = f".{self.units}" if kind == "orderbook" else ""
+            parts.append({"type": kind, "codes": [code + suffix for code in self.codes]})
+        parts.append({"format": self.format})
+        return (msgspec.json.encode(parts),)
 
     def is_data(self, payload: bytes) -> bool:
         """Data begins with its type, in either format."""
-        return payload.startswith((b'{"type":"orderbook"', b'{"ty":"orderbook"'))
+        return payload.startswith(_UPBIT_DATA)
 
     def read(self, payload: bytes) -> Note:
         """Data is told by its code, errors by their key."""
@@ -124,8 +183,8 @@ class UpbitFeed:
             return _OTHER
         if message.error is not None:
             return Note(Sign.ERROR, f"{message.error.get('name')}: {message.error.get('message')}")
-        code = message.code or message.cd
-        return Note(Sign.DATA, code) if code else _OTHER
+        code, kind = message.code or message.cd, message.type or message.ty
+        return Note(Sign.DATA, f"{code}@{kind}") if code and kind else _OTHER
 
 
 class _BinanceMessage(msgspec.Struct):
@@ -140,35 +199,56 @@ class _BinanceMessage(msgspec.Struct):
 
 _binance_message = msgspec.json.Decoder(_BinanceMessage)
 _SUBSCRIBE_ID = 1
+_DEPTH_WEIGHTS = ((100, 5), (500, 25), (1000, 50), (5000, 250))
+_MOST_CODES = 200
+_MOST_BINANCE_STREAMS = 1_024
 
 
 @dataclass(frozen=True, slots=True)
 class BinanceFeed:
-    """Partial books of Binance spot over the combined endpoint: only its wrapper names the symbol."""
+    """Streams of Binance spot over the combined endpoint: of a partial book only its wrapper names the symbol."""
 
     url: str
     rest: str
     symbols: tuple[str, ...]
-    depth: int
-    speed_ms: int
+    suffixes: tuple[str, ...]
+    max_age_s: float
+    snapshot_limit: int
+    label: str = ExchangeId.BINANCE.value
     venue: int = BINANCE
     name: str = ExchangeId.BINANCE.value
     acknowledges: bool = True
+    # 300 dials in 5 minutes and 6,000 of weight a minute are allowed for an address, which others may use too.
+    dial_limits: tuple[Limit, ...] = (Limit(5, 1.0), Limit(240, 300.0))
+    rest_limits: tuple[Limit, ...] = (Limit(4_000, 60.0),)
 
     @property
     def streams(self) -> tuple[str, ...]:
         """Stream names are lower case."""
-        return tuple(f"{symbol.lower()}@depth{self.depth}@{self.speed_ms}ms" for symbol in self.symbols)
+        return tuple(symbol.lower() + suffix for suffix in self.suffixes for symbol in self.symbols)
 
     @property
-    def rest_urls(self) -> tuple[str, ...]:
+    def quiet(self) -> frozenset[str]:
+        """Trades come when there are trades; another stream of the symbol tells whether it is known."""
+        return frozenset(name for name in self.streams if name.endswith("@trade")) if len(self.suffixes) > 1 else frozenset()
+
+    @property
+    def rules(self) -> tuple[Ask, ...]:
         """Tick, lot and notional filters per symbol."""
         listed = quote(msgspec.json.encode(self.symbols).decode("ascii"))
-        return (f"{self.rest}/api/v3/exchangeInfo?symbols={listed}",)
+        return (Ask(f"{self.rest}/api/v3/exchangeInfo?symbols={listed}", 20),)
 
-    def subscription(self, ticket: str) -> bytes:
-        """One SUBSCRIBE for all streams."""
-        return msgspec.json.encode({"method": "SUBSCRIBE", "params": self.streams, "id": _SUBSCRIBE_ID})
+    def snapshot(self, stream: str) -> Ask | None:
+        """A diff stream starts from a book that only the REST side gives."""
+        symbol, _, kind = stream.partition("@")
+        if kind.partition("@")[0] != "depth":
+            return None
+        weight = next(cost for most, cost in _DEPTH_WEIGHTS if self.snapshot_limit <= most)
+        return Ask(f"{self.rest}/api/v3/depth?symbol={symbol.upper()}&limit={self.snapshot_limit}", weight)
+
+    def subscriptions(self, ticket: str) -> tuple[bytes, ...]:
+        """One SUBSCRIBE for all streams: 5 messages a second are allowed, 1,024 streams a connection."""
+        return (msgspec.json.encode({"method": "SUBSCRIBE", "params": self.streams, "id": _SUBSCRIBE_ID}),)
 
     def is_data(self, payload: bytes) -> bool:
         """Data is wrapped and names its stream first; notices of the venue have stream names that begin with "!"."""
@@ -194,30 +274,52 @@ class BinanceFeed:
 
 
 def feeds(config: RecordConfig) -> list[VenueFeed]:
-    """The feeds that a configuration asks for."""
-    names = config.instruments()
-    ends = config.endpoints
+    """The feeds that a configuration asks for, one a connection: as few as the venues' limits allow, evenly filled."""
     built: list[VenueFeed] = []
-    for venue in config.venues:
-        streams = tuple(names[venue])
-        if venue == ExchangeId.UPBIT:
-            built.append(
-                UpbitFeed(
-                    url=ends.upbit_ws,
-                    rest=ends.upbit_rest.rstrip("/"),
-                    streams=streams,
-                    units=config.upbit_units,
-                    format=config.upbit_format,
-                )
-            )
-        else:
-            built.append(
-                BinanceFeed(
-                    url=ends.binance_ws,
-                    rest=ends.binance_rest.rstrip("/"),
-                    symbols=streams,
-                    depth=config.binance_depth,
-                    speed_ms=config.binance_speed_ms,
-                )
-            )
+    for venue, names in config.instruments().items():
+        make = _upbit_feed if venue == ExchangeId.UPBIT else _binance_feed
+        most = min(config.connection_symbols, _MOST_CODES if venue == ExchangeId.UPBIT else _most_symbols(config))
+        count = math.ceil(len(names) / most)
+        for number in range(count):
+            label = venue if number == 0 else f"{venue}-{number + 1}"
+            built.append(make(config, tuple(names[number::count]), label))
     return built
+
+
+def _upbit_feed(config: RecordConfig, codes: tuple[str, ...], label: str) -> VenueFeed:
+    kinds = {Stream.DEPTH: "orderbook", Stream.TRADE: "trade"}
+    return UpbitFeed(
+        url=config.endpoints.upbit_ws,
+        rest=config.endpoints.upbit_rest.rstrip("/"),
+        codes=codes,
+        types=tuple(name for kind, name in kinds.items() if kind in config.streams),
+        units=config.upbit_units,
+        format=config.upbit_format,
+        label=label,
+    )
+
+
+def _binance_feed(config: RecordConfig, symbols: tuple[str, ...], label: str) -> VenueFeed:
+    return BinanceFeed(
+        url=config.endpoints.binance_ws,
+        rest=config.endpoints.binance_rest.rstrip("/"),
+        symbols=symbols,
+        suffixes=_suffixes(config),
+        max_age_s=config.rotate_s,
+        snapshot_limit=config.snapshot_limit,
+        label=label,
+    )
+
+
+def _suffixes(config: RecordConfig) -> tuple[str, ...]:
+    names = {
+        Stream.DEPTH: f"@depth{config.binance_depth}@{config.binance_speed_ms}ms",
+        Stream.DIFF: f"@depth@{config.binance_speed_ms}ms",
+        Stream.TRADE: "@trade",
+        Stream.BOOK_TICKER: "@bookTicker",
+    }
+    return tuple(name for kind, name in names.items() if kind in config.streams)
+
+
+def _most_symbols(config: RecordConfig) -> int:
+    return _MOST_BINANCE_STREAMS // len(_suffixes(config))

@@ -53,6 +53,8 @@ def block_of(payloads: Sequence[bytes], venue: int, *, data: bytes | None = None
         conn=np.ones(n, np.int32),
         kind=np.full(n, FrameKind.MESSAGE, np.uint8),
         op=np.ones(n, np.uint8),
+        queue_us=np.zeros(n, np.int32),
+        flags=np.zeros(n, np.uint8),
         offsets=offsets,
         data=np.frombuffer(data if data is not None else b"".join(payloads), np.uint8),
     )

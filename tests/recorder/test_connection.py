@@ -156,7 +156,7 @@ def test_a_code_that_stays_silent_is_named(venue, scripts, make_config, frames):
         make_config(upbit=server, symbols=("BTC", "NOPE", "ETH"), duration_s=0.8, snapshot_timeout_s=0.3, upbit_format="SIMPLE")
     )
     alarms = facts(frames(result.path), FrameKind.ALARM)
-    assert [(a["alarm"], a["stream"]) for a in alarms] == [("silent", "KRW-NOPE")]
+    assert [(a["alarm"], a["stream"]) for a in alarms] == [("silent", "KRW-NOPE@orderbook")]
     sent = next(f for f in frames(result.path) if f.kind is FrameKind.SENT)
     assert 0.3 <= (alarms[0]["_frame"].mono_ns - sent.mono_ns) / 1e9 < 0.6
 
@@ -178,12 +178,15 @@ def test_rest_bodies_are_on_the_tape(venue, scripts, make_config, frames):
     upbit, binance = venue(scripts["upbit"], rest=body), venue(scripts["binance"], rest=b'{"code":-1121}', rest_status=400)
     result = record(make_config(upbit=upbit, binance=binance, symbols=("BTC", "ETH"), duration_s=0.5))
     found = frames(result.path)
-    urls = [json.loads(f.payload)["url"] for f in found if f.kind is FrameKind.REQUEST]
-    assert urls == [
-        f"{upbit.rest_url}/v1/orderbook/instruments?markets=KRW-BTC,KRW-ETH,KRW-USDT",
-        f"{binance.rest_url}/api/v3/exchangeInfo?symbols=%5B%22BTCUSDT%22%2C%22ETHUSDT%22%5D",
-    ]
-    assert [f.payload for f in found if f.kind is FrameKind.RESPONSE] == [body]
+    urls = sorted(json.loads(f.payload)["url"] for f in found if f.kind is FrameKind.REQUEST)
+    assert urls == sorted(
+        [
+            f"{upbit.rest_url}/v1/orderbook/instruments?markets=KRW-BTC,KRW-ETH,KRW-USDT",
+            f"{upbit.rest_url}/v1/market/all?is_details=true",
+            f"{binance.rest_url}/api/v3/exchangeInfo?symbols=%5B%22BTCUSDT%22%2C%22ETHUSDT%22%5D",
+        ]
+    )
+    assert [f.payload for f in found if f.kind is FrameKind.RESPONSE] == [body, body]
     alarm = facts(found, FrameKind.ALARM, alarm="rest_failed")[0]
     assert "400" in alarm["said"]
     assert "-1121" in alarm["said"]

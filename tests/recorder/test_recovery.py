@@ -170,7 +170,7 @@ def test_sigterm_seals(venue, tmp_path, scripts, frames):
 
 
 def head(seq, size, *, kind=FrameKind.MESSAGE):
-    return HEAD.pack(seq, 10**18 + seq, 1000 + seq, 1, 1, kind, Op.BINARY, size)
+    return HEAD.pack(seq, 10**18 + seq, 1000 + seq, 1, 7, 1, kind, Op.BINARY, 0, size)
 
 
 def batch(first, payloads):

@@ -19,8 +19,9 @@ UPBIT, BINANCE = feeds(RecordConfig(symbols=("BTC", "ETH", "XRP")))
 @pytest.mark.parametrize(
     ("feed", "payload", "note", "data"),
     [
-        (UPBIT, b'{"type":"orderbook","code":"KRW-BTC","stream_type":"SNAPSHOT"}', Note(Sign.DATA, "KRW-BTC"), True),
-        (UPBIT, b'{"ty":"orderbook","cd":"KRW-USDT"}', Note(Sign.DATA, "KRW-USDT"), True),
+        (UPBIT, b'{"type":"orderbook","code":"KRW-BTC","stream_type":"SNAPSHOT"}', Note(Sign.DATA, "KRW-BTC@orderbook"), True),
+        (UPBIT, b'{"ty":"orderbook","cd":"KRW-USDT"}', Note(Sign.DATA, "KRW-USDT@orderbook"), True),
+        (UPBIT, b'{"type":"trade","code":"KRW-BTC","sequential_id":1}', Note(Sign.DATA, "KRW-BTC@trade"), True),
         (UPBIT, b'{"status":"UP"}', Note(Sign.OTHER), False),
         (UPBIT, b'{"error":{"name":"NO_CODES","message":"x"}}', Note(Sign.ERROR, "NO_CODES: x"), False),
         (UPBIT, b'{"code":5}', Note(Sign.OTHER), False),

@@ -1,0 +1,71 @@
+"""The REST side of one venue: one request at a time, within the venue's weights, everything on the tape.
+
+A response frame belongs to the last request frame of its venue, which is why requests never overlap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from arbl2.frames import FrameKind, Op
+from arbl2_recorder import clock, rest
+
+if TYPE_CHECKING:
+    from arbl2_recorder.limits import Gate
+    from arbl2_recorder.session import Session
+    from arbl2_recorder.venues import Ask
+
+FIRST_PAUSE_S = 2.0
+LONGEST_PAUSE_S = 120.0
+
+
+class Desk:
+    """Fetches what it is asked for, each URL once however often it is asked for meanwhile. The event loop owns it."""
+
+    def __init__(self, venue: int, session: Session, gate: Gate, timeout_s: float) -> None:
+        self._venue = venue
+        self._session = session
+        self._gate = gate
+        self._timeout_s = timeout_s
+        self._waiting: dict[str, Ask] = {}
+        self._asked = asyncio.Event()
+        self._pauses: dict[str, tuple[float, float]] = {}
+
+    def ask(self, ask: Ask) -> None:
+        """Fetch it as soon as its turn comes."""
+        self._waiting.setdefault(ask.url, ask)
+        self._asked.set()
+
+    def ask_again(self, ask: Ask) -> None:
+        """As ``ask``, for what did not help the last time: the same URL waits longer each time, so that a loop costs little."""
+        now_s = clock.mono_ns() / 1e9
+        not_before_s, pause_s = self._pauses.get(ask.url, (0.0, FIRST_PAUSE_S))
+        if ask.url in self._waiting or now_s < not_before_s:
+            return
+        # An hour without trouble, and the patience starts anew.
+        pause_s = FIRST_PAUSE_S if now_s - not_before_s > 3600 else min(2 * pause_s, LONGEST_PAUSE_S)
+        self._pauses[ask.url] = (now_s + pause_s, pause_s)
+        self.ask(ask)
+
+    async def run(self) -> None:
+        """Ends by cancellation only."""
+        while True:
+            await self._asked.wait()
+            while self._waiting:
+                url = next(iter(self._waiting))
+                await self._gate.enter(self._waiting[url].weight)
+                await self._fetch(url)
+                del self._waiting[url]
+            self._asked.clear()
+
+    async def _fetch(self, url: str) -> None:
+        session = self._session
+        session.record(self._venue, 0, FrameKind.REQUEST, {"method": "GET", "url": url}, *clock.stamp())
+        try:
+            body = await rest.fetch(url, self._timeout_s)
+        except rest.RefusedError as error:
+            self._gate.close_for(error.retry_after_s)
+            session.alarm("rest_failed", venue=self._venue, url=url, said=str(error))
+        else:
+            session.accept(self._venue, 0, FrameKind.RESPONSE, Op.NONE, body, *clock.stamp())
