@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _wire_logger = logging.getLogger("arbl2.recorder.wire")
 COPY_WINDOW_NS = 30_000_000_000
+COPY_TAIL_S = 10.0
 MOST_DIALS_ONCE_OPEN = 2
 
 
@@ -75,20 +76,22 @@ class Group:
             on_first=self._first,
         )
         self._links.append(link)
-        self._count()
+        if len(self._links) > 1:
+            for one in self._links:
+                one.alone = False
         return link
 
     def drop(self, link: Link) -> None:
         """The link has ended."""
         self._links.remove(link)
-        self._count()
+        if len(self._links) == 1:
+            # The slower of two may still be about to say what the other one has said.
+            asyncio.get_running_loop().call_later(COPY_TAIL_S, self._settle)
 
-    def _count(self) -> None:
-        alone = len(self._links) < 2
-        if alone:
+    def _settle(self) -> None:
+        if len(self._links) == 1:
+            self._links[0].alone = True
             self._copies.clear()
-        for link in self._links:
-            link.alone = alone
 
     def _is_covered(self, ended: Link) -> bool:
         return any(link.carries_all for link in self._links if link is not ended)
