@@ -37,13 +37,15 @@ from arbl2_recorder.writer import LogWriter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from arbl2.frames import Frame
+    from arbl2.frames import Anchor, Frame
+    from arbl2_recorder.clock import ClockOffset
     from arbl2_recorder.config import RecordConfig
     from arbl2_recorder.recovery import RecoveryReport
     from arbl2_recorder.venues import VenueFeed
 
 _logger = logging.getLogger("arbl2.recorder")
 TICK_S = 0.05
+OFFSET_S = 60.0
 SWITCH_INTERVAL_S = 0.0005
 # A clock that is only slewed moves at most 500 ppm: 5 ms between two samples 10 s apart.
 CLOCK_STEP_NS = 5_000_000
@@ -192,6 +194,12 @@ class _Run:
         self._session = Session(self._log, queue_bytes=config.queue_bytes, consumer=self._consumer)
         self._venues = [_Venue(list(part), self._session, config) for _, part in groupby(self._feeds, lambda feed: feed.name)]
         self._rated_ns = self._started_ns
+        self._offset: ClockOffset | None = None
+
+    async def _ask_time(self) -> None:
+        while True:
+            self._offset = await asyncio.to_thread(clock.offset)
+            await asyncio.sleep(OFFSET_S)
 
     def _end(self, why: str, error: Exception | None = None) -> None:
         if not self._ended:
@@ -208,7 +216,7 @@ class _Run:
         handled = self._catch_signals()
         tasks = [asyncio.create_task(leg.run()) for venue in self._venues for leg in venue.legs]
         tasks += [asyncio.create_task(venue.desk.run()) for venue in self._venues]
-        tasks.append(asyncio.create_task(self._beat()))
+        tasks += [asyncio.create_task(self._beat()), asyncio.create_task(self._ask_time())]
         for task in tasks:
             task.add_done_callback(self._task_done)
         try:
@@ -253,11 +261,11 @@ class _Run:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._over.wait(), TICK_S)
             now_ns = clock.mono_ns()
-            if now_ns - sampled.mono_ns >= config.clock_s * 1e9:
-                earlier, sampled = sampled, session.clock_sample()
-                moved_ns = clock.drift_ns(earlier, sampled)
-                if abs(moved_ns) > CLOCK_STEP_NS:
-                    session.alarm("clock_step", moved_ns=moved_ns)
+            stepped = _stepped(sampled)
+            if stepped or now_ns - sampled.mono_ns >= config.clock_s * 1e9:
+                earlier, sampled = sampled, session.clock_sample(self._offset)
+                if stepped:
+                    session.alarm("clock_step", moved_ns=clock.drift_ns(earlier, sampled))
             if not rules_ns or now_ns - rules_ns >= config.rules_s * 1e9:
                 rules_ns = now_ns
                 for venue in self._venues:
@@ -360,3 +368,8 @@ class _Run:
                 last_alarm=session.last_alarm,
             )
         )
+
+
+def _stepped(earlier: Anchor) -> bool:
+    """Whether the wall clock was set since. Looked at twice: a thread that is held up between two reads sees a step too."""
+    return all(abs(clock.drift_ns(earlier, clock.sample())) > CLOCK_STEP_NS for _ in range(2))

@@ -7,6 +7,7 @@ connection that lost some gets an ALARM frame that says how many and from when t
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import Counter
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from arbl2_recorder import clock
 from arbl2_recorder.log import HEAD
 
 if TYPE_CHECKING:
+    from arbl2_recorder.clock import ClockOffset
     from arbl2_recorder.consumer import Consumer
     from arbl2_recorder.writer import LogWriter
 
@@ -91,10 +93,12 @@ class Session:
         recv_ns, mono_ns = at or clock.stamp()
         self.record(venue, conn, FrameKind.ALARM, {"alarm": name, **facts}, recv_ns, mono_ns)
 
-    def clock_sample(self) -> Anchor:
-        """Record one instant on both clocks."""
+    def clock_sample(self, offset: ClockOffset | None = None) -> Anchor:
+        """Record one instant on both clocks, and what a time service knows of the wall clock."""
         sample = clock.sample()
-        facts = {"wall_ns": sample.wall_ns, "mono_ns": sample.mono_ns}
+        facts: dict[str, Any] = {"wall_ns": sample.wall_ns, "mono_ns": sample.mono_ns}
+        if offset is not None:
+            facts |= dataclasses.asdict(offset)
         self.record(0, 0, FrameKind.CLOCK, facts, sample.wall_ns, sample.mono_ns)
         return sample
 
