@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from arbl2 import cli_datasets
 from arbl2.errors import Arbl2Error, ConfigError, EvidenceError, TapeError, VenueError
 
 if TYPE_CHECKING:
@@ -29,15 +30,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 2 option or configuration, 3 tape or run, 4 venue, 5 disk or lock, 6 not supported by the data, "
-    "70 a defect of arbl2, 130 interrupted, 143 terminated.",
+    epilog="Exit codes: 0 done, 1 not healthy, 2 option or configuration, 3 tape or run, 4 venue, 5 disk or lock, "
+    "6 not supported by the data, 70 a defect of arbl2, 130 interrupted, 143 terminated.",
 )
+app.add_typer(cli_datasets.app, name="datasets")
 
 TAPES = Path("tapes")
 RUNS = Path("runs")
 CALIBRATIONS = Path("calibrations")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+UpbitWs = Annotated[str | None, typer.Option(envvar="ARBL2_UPBIT_WS", help="Upbit WebSocket URL.")]
+UpbitRest = Annotated[str | None, typer.Option(envvar="ARBL2_UPBIT_REST", help="Upbit REST URL.")]
+BinanceWs = Annotated[str | None, typer.Option(envvar="ARBL2_BINANCE_WS", help="Binance WebSocket URL (/stream).")]
+BinanceRest = Annotated[str | None, typer.Option(envvar="ARBL2_BINANCE_REST", help="Binance REST URL.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML configuration; see docs/configuration.md.")]
 
 
@@ -134,18 +140,33 @@ def record(
     venues: Annotated[
         str, typer.Option(help="Venues, comma separated. KRW-USDT is added when both are recorded.")
     ] = "upbit,binance",
+    streams: Annotated[
+        str, typer.Option(help="depth, diff, trade, book_ticker, comma separated, or all. Upbit has depth and trade.")
+    ] = "depth",
     duration: Annotated[float | None, typer.Option("--duration", "-d", help="Seconds; without it until Ctrl-C.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of recordings.")] = TAPES,
-    upbit_ws: Annotated[str | None, typer.Option(envvar="ARBL2_UPBIT_WS", help="Upbit WebSocket URL.")] = None,
-    upbit_rest: Annotated[str | None, typer.Option(envvar="ARBL2_UPBIT_REST", help="Upbit REST URL.")] = None,
-    binance_ws: Annotated[str | None, typer.Option(envvar="ARBL2_BINANCE_WS", help="Binance WebSocket URL (/stream).")] = None,
-    binance_rest: Annotated[str | None, typer.Option(envvar="ARBL2_BINANCE_REST", help="Binance REST URL.")] = None,
+    upbit_ws: UpbitWs = None,
+    upbit_rest: UpbitRest = None,
+    binance_ws: BinanceWs = None,
+    binance_rest: BinanceRest = None,
     upbit_format: Annotated[str, typer.Option(help="DEFAULT or SIMPLE.")] = "DEFAULT",
     upbit_units: Annotated[int, typer.Option(help="Levels a side on Upbit: 1, 5, 15 or 30.")] = 30,
     binance_depth: Annotated[int, typer.Option(help="Levels a side on Binance: 5, 10 or 20.")] = 20,
+    legs: Annotated[int, typer.Option(help="2 = every stream over two connections, so that a drop of one loses nothing.")] = 1,
+    segment_minutes: Annotated[float, typer.Option(help="A new Parquet file starts this often ...")] = 15.0,
+    segment_mib: Annotated[int, typer.Option(help="... or when this much was logged.")] = 128,
+    ship: Annotated[
+        str | None, typer.Option(help="Copy sealed segments to this folder or URL (s3://bucket/tapes) while recording.")
+    ] = None,
+    ship_delete: Annotated[bool, typer.Option("--ship-delete", help="Delete them here once the copy was read back.")] = False,
+    keep_days: Annotated[float | None, typer.Option(help="Delete sessions that ended longer ago.")] = None,
+    keep_gib: Annotated[float | None, typer.Option(help="Delete the oldest sessions while the folder holds more.")] = None,
     flush_ms: Annotated[int, typer.Option(help="What a kill may cost at most.")] = 250,
     give_up_s: Annotated[float, typer.Option(help="Stop if no venue has delivered anything by then.")] = 15.0,
-    as_json: Json = False,
+    metrics: Annotated[
+        int | None, typer.Option(min=1, max=65_535, help="Serve Prometheus metrics on this port of 127.0.0.1.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines: the status every second, last the result.")] = False,
 ) -> None:
     """Record the raw order book messages of Upbit and Binance, byte for byte, until Ctrl-C or for --duration seconds."""
     from arbl2_recorder import RecordConfig
@@ -159,10 +180,24 @@ def record(
         upbit_format=upbit_format.upper(),
         upbit_units=upbit_units,
         binance_depth=binance_depth,
+        streams=_streams(streams),
+        legs=legs,
+        segment_seconds=round(segment_minutes * 60),
+        segment_bytes=segment_mib * 2**20,
+        ship=ship,
+        ship_delete=ship_delete,
+        keep_days=keep_days,
+        keep_bytes=round(keep_gib * 2**30) if keep_gib is not None else None,
         flush_ms=flush_ms,
         first_connect_s=give_up_s,
     )
-    _record(config, as_json=as_json)
+    _record(config, as_json=as_json, metrics=metrics)
+
+
+def _streams(names: str) -> tuple[str, ...]:
+    from arbl2_recorder.config import Stream
+
+    return tuple(Stream) if names == "all" else tuple(name.lower() for name in _names(names))
 
 
 def _endpoints(**urls: str | None) -> Any:
@@ -171,17 +206,71 @@ def _endpoints(**urls: str | None) -> Any:
     return Endpoints(**{name: url for name, url in urls.items() if url})
 
 
-def _record(config: Any, *, as_json: bool) -> Any:
+def _record(config: Any, *, as_json: bool, metrics: int | None = None) -> Any:
     from arbl2_recorder import LiveView, record
+    from arbl2_recorder.live import Aside, JsonLines
     from arbl2_recorder.report import result_report
 
-    with LiveView() as view:
-        result = record(config, on_status=view)
-    if as_json:
-        _print_json({name: getattr(result, name) for name in result.__slots__})
+    lines = JsonLines(sys.stdout.fileno()) if as_json else None
+    with ExitStack() as stack:
+        viewers: list[Any] = [lines or stack.enter_context(LiveView())]
+        if metrics is not None:
+            from arbl2_recorder.metrics import Metrics
+
+            viewers.append(stack.enter_context(Metrics(metrics)))
+        with Aside(*viewers) as aside:
+            result = record(config, on_status=aside)
+    if lines is not None:
+        lines.result(result)
     else:
         _show(result_report(result))
     return result
+
+
+@app.command(epilog="Example: arbl2 health --tapes tapes --max-silence-s 120")
+def health(
+    tapes: Annotated[Path, typer.Option(help="Folder of recordings.")] = TAPES,
+    max_age_s: Annotated[float, typer.Option(help="Unhealthy if the recorder's last status is older.")] = 10.0,
+    max_silence_s: Annotated[float, typer.Option(help="Unhealthy if a venue has said nothing for longer.")] = 60.0,
+    min_free_gib: Annotated[float, typer.Option(help="Unhealthy if less of the disk is free.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Say in one line whether the recorder of a folder is well. Ends with 0 if it is and with 1 if it is not."""
+    from arbl2_recorder.health import health as look
+
+    found = look(tapes, max_age_s=max_age_s, max_silence_s=max_silence_s, min_free_bytes=int(min_free_gib * 2**30))
+    if as_json:
+        _print_json({"healthy": found.healthy, **{name: getattr(found, name) for name in found.__slots__}})
+    else:
+        print(found.sentence())  # noqa: T201
+    raise typer.Exit(0 if found.healthy else 1)
+
+
+@app.command(epilog="Example: arbl2 doctor --out tapes")
+def doctor(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of recordings.")] = TAPES,
+    venues: Annotated[str, typer.Option(help="Venues to reach, comma separated.")] = "upbit,binance",
+    upbit_ws: UpbitWs = None,
+    upbit_rest: UpbitRest = None,
+    binance_ws: BinanceWs = None,
+    binance_rest: BinanceRest = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Check this machine only, not the venues.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check clock, disk, limits, versions and the way to the venues. Ends with 0 unless a check failed, then with 1."""
+    from arbl2_recorder import RecordConfig
+    from arbl2_recorder.doctor import examine
+    from arbl2_recorder.report import doctor_report
+
+    endpoints = _endpoints(upbit_ws=upbit_ws, upbit_rest=upbit_rest, binance_ws=binance_ws, binance_rest=binance_rest)
+    config = RecordConfig(out=out, venues=tuple(name.lower() for name in _names(venues)), endpoints=endpoints)
+    with _said_if_slow("waiting for what does not answer: at most five seconds", after_s=1.0):
+        checks = examine(out, config.endpoints, () if offline else config.venues)
+    if as_json:
+        _print_json([{name: getattr(check, name) for name in check.__slots__} for check in checks])
+    else:
+        _show(doctor_report(checks))
+    raise typer.Exit(1 if any(check.state == "fail" for check in checks) else 0)
 
 
 @app.command(epilog="Example: arbl2 recover tapes")
@@ -205,7 +294,7 @@ def recover(
 @app.command(epilog="Example: arbl2 replay --speed 10x tapes/20260102T000000Z-1a2b")
 def replay(
     tape: Annotated[
-        Path | None, typer.Argument(help="Session folder, or a folder of them; default: the newest recording.")
+        str | None, typer.Argument(help="Session, or a folder of them, here or at a URL; default: the newest recording.")
     ] = None,
     speed: Annotated[str, typer.Option("--speed", "-x", help="1x, 10x, 0.5x or max.")] = "max",
     config: ConfigFile = None,
@@ -215,7 +304,7 @@ def replay(
     size_krw: Annotated[str | None, typer.Option(help="Size of one entry in KRW.")] = None,
     max_position_krw: Annotated[str | None, typer.Option(help="Largest position of a symbol in KRW.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of runs.")] = RUNS,
-    tapes: Annotated[Path, typer.Option(help="Where to look for the newest recording.")] = TAPES,
+    tapes: Annotated[str, typer.Option(help="Folder or URL to look in for the newest recording.")] = str(TAPES),
     as_json: Json = False,
 ) -> None:
     """Replay a recording through books, aggregator, policy and paper executor; write decisions, fills and key figures."""
@@ -242,7 +331,7 @@ def _run_config(path: Path | None, symbols: str | None, **policy: float | str | 
     return checked(config)
 
 
-def _replay(tape: Path, config: Any, *, speed: str, out: Path, as_json: bool) -> Any:
+def _replay(tape: Path | str, config: Any, *, speed: str, out: Path, as_json: bool) -> Any:
     with _said_if_slow("compiling the kernels, once after an installation: up to half a minute"):
         from arbl2.engine import warm_up
         from arbl2_replay import replay as run

@@ -115,8 +115,8 @@ class FrameBlock:
     """``n`` frames as columns, in the order of the tape.
 
     ``seq``, ``time_ns`` (engine time), ``recv_ns``, ``mono_ns``: int64[n]; ``venue``, ``kind``, ``op``: uint8[n] (codes of
-    ``VENUES``, ``FrameKind``, ``Op``); ``conn``, ``queue_us``: int32[n]; ``flags``: uint8[n]; payload i is ``data[offsets[i]:offsets[i + 1]]`` with ``offsets``
-    int32[n + 1] and ``data`` uint8. Never written to after construction.
+    ``VENUES``, ``FrameKind``, ``Op``); ``conn``, ``queue_us``: int32[n]; ``flags``: uint8[n] (bits of ``Flag``); payload i is
+    ``data[offsets[i]:offsets[i + 1]]`` with ``offsets`` int32[n + 1] and ``data`` uint8. Never written to after construction.
     """
 
     seq: NDArray[np.int64]

@@ -3,8 +3,12 @@
 A session is a folder::
 
     <root>/<session>/manifest.json             what was recorded, by what, with which clocks; sha256 of every segment
+    <root>/<session>/shipped.json              on this machine only: where a copy lies, and what of it was verified
     <root>/<session>/segments/000001.parquet   sealed frames (zstd), written aside and renamed when complete
+    <root>/<session>/ledger/000001.parquet     what the recorder noticed while segment 000001 was recorded: gaps and their causes
     <root>/<session>/log/000002.log            frames not sealed yet; empty or absent once a session has ended
+
+``<root>`` is a folder or the URL of an object store; logs are on the recording machine only.
 
 Schema of a segment, version 1 (rows in ``seq`` order):
 
@@ -18,6 +22,8 @@ Schema of a segment, version 1 (rows in ``seq`` order):
     conn      int32                connection number in the session, from 1; 0 = none
     kind      dictionary<string>   message, sent, opened, closed, request, response, clock, alarm
     op        dictionary<string>   text, binary, ping, pong, or ""
+    queue_us  int32                from then to the moment it got its seq, microseconds
+    flags     uint8                bits: 1 = the recorder was held up before it read this, so it may have come earlier
     payload   binary               the exact bytes
     ========  ===================  ==========================================================================
 
@@ -33,7 +39,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import msgspec
 import numpy as np
@@ -42,6 +48,7 @@ import pyarrow.parquet as pq
 
 from arbl2.errors import StorageError, TapeError
 from arbl2.frames import KIND_NAMES, OP_NAMES, VENUES, Anchor, Frame, FrameBlock
+from arbl2.places import Place, changes_ns, place, reason, sizes, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,8 +57,12 @@ if TYPE_CHECKING:
 
 TAPE_VERSION = 1
 MANIFEST = "manifest.json"
+SHIPPED = "shipped.json"
 SEGMENTS = "segments"
+LEDGER = "ledger"
 LOG = "log"
+RECORDING = "recording"
+"""State of a session that is being recorded, or whose recorder was killed and not recovered yet."""
 RECOVERED = "recovered"
 """State of a session whose recorder was killed: a torn or damaged part of its log may have left a hole in ``seq``."""
 SESSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -61,6 +72,9 @@ ROW_GROUP_BYTES = 16 * 2**20
 MAX_GROUP_BYTES = 256 * 2**20
 """A larger row group was not written by arbl2, and would let a foreign file take memory without bound."""
 MAX_GROUP_ROWS = 2**20
+MAX_LEDGER_BYTES = 64 * 2**20
+MAX_MANIFEST_BYTES = 64 * 2**20
+"""Segments of several years; a larger file is no manifest."""
 ZSTD_LEVEL = 9
 
 _DICT = pa.dictionary(pa.int8(), pa.string())
@@ -73,6 +87,8 @@ SCHEMA = pa.schema(
         pa.field("conn", pa.int32(), nullable=False),
         pa.field("kind", _DICT, nullable=False),
         pa.field("op", _DICT, nullable=False),
+        pa.field("queue_us", pa.int32(), nullable=False),
+        pa.field("flags", pa.uint8(), nullable=False),
         pa.field("payload", pa.binary(), nullable=False),
     ]
 )
@@ -82,7 +98,10 @@ _OP_CODES = {name: code for code, name in OP_NAMES.items()}
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
-    """One sealed file: its name below ``segments/``, what it holds, and the SHA-256 of its bytes."""
+    """One sealed file: its name below ``segments/``, what it holds, and the SHA-256 of its bytes.
+
+    ``payload_bytes`` are the bytes of its payloads as received, 0 if a version that did not count them wrote it.
+    """
 
     file: str
     rows: int
@@ -92,6 +111,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True):
     last_recv_ns: int
     bytes: int
     sha256: str
+    payload_bytes: int = 0
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,26 +142,73 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         return sum(segment.rows for segment in self.segments)
 
 
-def load_manifest(session_dir: Path) -> Manifest:
-    """Read and check the manifest of a session folder. Raises TapeError with what to do next."""
-    path = session_dir / MANIFEST
+class Shipped(msgspec.Struct, frozen=True, kw_only=True):
+    """The copy of a session: ``url`` of its folder, and the SHA-256 of each file as it was read back from there.
+
+    ``files`` are named from the session folder. A file is listed only after what came back was compared.
+    """
+
+    url: str
+    files: dict[str, str] = {}
+
+
+def load_shipped(session_dir: Path) -> Shipped | None:
+    """Where the copy of a local session lies, None if it was never shipped. Raises TapeError."""
+    path = session_dir / SHIPPED
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        return msgspec.json.decode(path.read_bytes(), type=Shipped)
     except FileNotFoundError:
-        raise TapeError(f"{session_dir} is not a recording: it has no {MANIFEST}. Name a session folder.") from None
+        return None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise TapeError(f"{path} cannot be read ({error}). Remove it and ship the session again.") from None
+    except OSError as error:
+        raise TapeError(f"{path} cannot be read: {reason(error)}.") from None
+
+
+def session_place(session: Place | Path | str) -> Place:
+    """The place of a session folder. Raises ConfigError for a URL of no known kind, TapeError if its store does not answer."""
+    if isinstance(session, Place):
+        return session
+    try:
+        return place(session)
+    except OSError as error:
+        raise unreadable(session, error) from None
+
+
+def unreadable(where: Place | Path | str, error: OSError) -> TapeError:
+    """What reading there came to, in words a person can act on."""
+    remote = "://" in str(where)
+    hint = "Check its name, the credentials in the environment and the network." if remote else "Check the disk and its rights."
+    return TapeError(f"{where} cannot be read: {reason(error)}. {hint}")
+
+
+def load_manifest(session: Place | Path | str) -> Manifest:
+    """Read and check the manifest of a session folder, here or at a URL. Raises TapeError with what to do next."""
+    return read_manifest(session)[0]
+
+
+def read_manifest(session: Place | Path | str) -> tuple[Manifest, bytes]:
+    """As ``load_manifest``, with the bytes that it was read from."""
+    folder = session_place(session)
+    path = folder / MANIFEST
+    try:
+        body = path.read(MAX_MANIFEST_BYTES)
+        manifest = msgspec.json.decode(body, type=Manifest)
+    except (FileNotFoundError, NotADirectoryError):
+        raise TapeError(f"{folder} is not a recording: it has no {MANIFEST}. Name a session folder.") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise TapeError(f"{path} cannot be read ({error}). Restore it from a copy.") from None
     except OSError as error:
-        raise TapeError(f"{path} cannot be read: {error.strerror}.") from None
+        raise unreadable(path, error) from None
     if manifest.tape_version != TAPE_VERSION:
         raise TapeError(
             f"{path} is tape version {manifest.tape_version}; this arbl2 reads version {TAPE_VERSION}. Use a matching arbl2."
         )
     _check_manifest(path, manifest)
-    return manifest
+    return manifest, body
 
 
-def _check_manifest(path: Path, manifest: Manifest) -> None:
+def _check_manifest(path: Place, manifest: Manifest) -> None:
     if not SESSION_NAME.fullmatch(manifest.session):
         raise TapeError(f"{path} has a session name that cannot be a folder's ({manifest.session[:40]!r}). Do not trust it.")
     if not (0 <= manifest.anchor_wall_ns < _MAX_NS and -_MAX_NS < manifest.anchor_mono_ns < _MAX_NS):
@@ -173,17 +240,9 @@ def write_atomically(path: Path, body: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}. Free some space or choose another folder.") from error
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sha256_of(path: Path) -> str:
@@ -212,6 +271,7 @@ class SegmentWriter:
         self._batch_rows = 0
         self._batch_bytes = 0
         self._rows = 0
+        self._payload_bytes = 0
         self._first: tuple[int, int] | None = None
         self._last = (0, 0)
         self._schema = SCHEMA.with_metadata(
@@ -224,8 +284,8 @@ class SegmentWriter:
                 self._schema,
                 compression="zstd",
                 compression_level=zstd_level,
-                use_dictionary=["venue", "kind", "op"],
-                column_encoding=dict.fromkeys(("seq", "recv_ns", "mono_ns", "conn"), "DELTA_BINARY_PACKED"),
+                use_dictionary=["venue", "kind", "op", "flags"],
+                column_encoding=dict.fromkeys(("seq", "recv_ns", "mono_ns", "conn", "queue_us"), "DELTA_BINARY_PACKED"),
                 write_statistics=["seq", "recv_ns", "mono_ns", "venue", "conn", "kind"],
             )
         except OSError as error:
@@ -258,7 +318,9 @@ class SegmentWriter:
         self._rows += len(block)
         self._batches.append(block_to_arrow(block, self._schema))
         self._batch_rows += len(block)
-        self._batch_bytes += int(block.offsets[-1]) - int(block.offsets[0])
+        payload_bytes = int(block.offsets[-1]) - int(block.offsets[0])
+        self._batch_bytes += payload_bytes
+        self._payload_bytes += payload_bytes
         if self._batch_rows >= ROW_GROUP_ROWS or self._batch_bytes >= ROW_GROUP_BYTES:
             self._flush()
 
@@ -284,7 +346,7 @@ class SegmentWriter:
                 os.fsync(file.fileno())
             digest, size = sha256_of(self._aside), self._aside.stat().st_size
             self._aside.replace(self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
         except OSError as error:
             raise StorageError(f"cannot seal {self.path}: {error}. Free some space; the log is kept.") from error
         return Segment(
@@ -296,6 +358,7 @@ class SegmentWriter:
             last_recv_ns=self._last[1],
             bytes=size,
             sha256=digest,
+            payload_bytes=self._payload_bytes,
         )
 
     def discard(self) -> None:
@@ -307,35 +370,47 @@ class SegmentWriter:
 
 
 class TapeReader:
-    """Reads the sealed frames of one session, block by block, in ``seq`` order.
+    """Reads the sealed frames of one session, here or at a URL, block by block, in ``seq`` order.
 
-    Memory is bounded by one row group whatever the length of the tape. ``check`` compares sizes with the manifest on opening;
+    Memory is bounded by one row group whatever the length of the tape. Sizes are compared with the manifest on opening;
     ``verify_hashes`` reads every byte.
     """
 
-    def __init__(self, session_dir: Path) -> None:
-        self.path = session_dir
-        self.manifest = load_manifest(session_dir)
+    def __init__(self, session: Path | str) -> None:
+        self.place = session_place(session)
+        self.manifest = load_manifest(self.place)
         self.anchor = self.manifest.anchor
-        for segment in self.manifest.segments:
-            path = self._segment_path(segment)
-            if not path.is_file():
-                raise TapeError(f"{path} is missing although the manifest lists it. Restore it from a copy of the recording.")
-            size = path.stat().st_size
+        paths = [self._segment(segment) for segment in self.manifest.segments]
+        try:
+            found = sizes(paths)
+        except OSError as error:
+            raise unreadable(self.place, error) from None
+        for segment, path, size in zip(self.manifest.segments, paths, found, strict=True):
+            if size is None:
+                raise self._missing(path)
             if size != segment.bytes:
                 raise TapeError(
                     f"{path} has {size:,} bytes, the manifest says {segment.bytes:,}. It was changed or cut after sealing; "
                     "restore it from a copy."
                 )
 
-    def _segment_path(self, segment: Segment) -> Path:
-        return self.path / SEGMENTS / segment.file
+    def _segment(self, segment: Segment) -> Place:
+        return self.place / SEGMENTS / segment.file
+
+    def _missing(self, path: Place) -> TapeError:
+        copy = load_shipped(self.place.local) if self.place.local is not None else None
+        if copy is not None and f"{SEGMENTS}/{path.name}" in copy.files:
+            return TapeError(f"{self.place} keeps its manifest only; its segments were shipped. Read it from '{copy.url}'.")
+        return TapeError(f"{path} is missing although the manifest lists it. Restore it from a copy of the recording.")
 
     def verify_hashes(self) -> None:
         """Compare the SHA-256 of every segment with the manifest. Raises TapeError naming the file that differs."""
         for segment in self.manifest.segments:
-            path = self._segment_path(segment)
-            found = sha256_of(path)
+            path = self._segment(segment)
+            try:
+                found = path.sha256()
+            except OSError as error:
+                raise unreadable(path, error) from None
             if found != segment.sha256:
                 raise TapeError(
                     f"{path} does not match its manifest (sha256 {found[:12]}..., recorded {segment.sha256[:12]}...). "
@@ -345,7 +420,7 @@ class TapeReader:
     def blocks(self) -> Iterator[FrameBlock]:
         """Every row group as a FrameBlock. Raises TapeError naming the file and row group that cannot be read."""
         for segment in self.manifest.segments:
-            path = self._segment_path(segment)
+            path = self._segment(segment)
             rows, last_seq = 0, segment.first_seq - 1
             for group, batch in _record_batches(path, self.manifest):
                 block = block_from_arrow(batch, self.anchor, where=f"{path} row group {group}")
@@ -367,10 +442,36 @@ class TapeReader:
             yield from block.frames()
 
 
-def _record_batches(path: Path, manifest: Manifest) -> Iterator[tuple[int, pa.RecordBatch]]:
+def ledger(session: Place | Path | str, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """The gap ledger of a session, all its files as one table (or those of ``columns`` that it has); None if it has none.
+
+    Raises TapeError for a file that cannot be read or is too large to be a ledger.
+    """
+    folder = session_place(session) / LEDGER
+    try:
+        files = [path for path in folder.files() if path.name.endswith(".parquet")]
+    except OSError as error:
+        raise unreadable(folder, error) from None
+    tables = [_ledger_file(path, columns) for path in files]
+    return pa.concat_tables(tables, promote_options="permissive") if tables else None
+
+
+def _ledger_file(path: Place, columns: Sequence[str] | None) -> pa.Table:
+    try:
+        with path.open() as source, pq.ParquetFile(source) as file:
+            if sum(file.metadata.row_group(k).total_byte_size for k in range(file.metadata.num_row_groups)) > MAX_LEDGER_BYTES:
+                raise TapeError(f"{path} is too large to be a gap ledger. Do not trust it.")
+            wanted = None if columns is None else [name for name in columns if name in file.schema_arrow.names]
+            return file.read(columns=wanted)
+    except (pa.ArrowException, OSError) as error:
+        raise TapeError(f"{path} cannot be read ({reason(error)}). Restore it from a copy of the recording.") from None
+
+
+def _record_batches(path: Place, manifest: Manifest) -> Iterator[tuple[int, pa.RecordBatch]]:
     group = -1
     try:
-        with pq.ParquetFile(path) as file:
+        # Far away, one wide read is cheaper than one for each column.
+        with path.open() as source, pq.ParquetFile(source, pre_buffer=path.local is None) as file:
             _check_schema(path, file.schema_arrow, manifest)
             for group in range(file.metadata.num_row_groups):
                 _check_size(path, group, file.metadata.row_group(group))
@@ -379,11 +480,10 @@ def _record_batches(path: Path, manifest: Manifest) -> Iterator[tuple[int, pa.Re
                     yield group, batch
     except (pa.ArrowException, OSError) as error:
         where = f"{path} row group {group}" if group >= 0 else str(path)
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TapeError(f"{where} cannot be read ({reason}). Restore it from a copy of the recording.") from None
+        raise TapeError(f"{where} cannot be read ({reason(error)}). Restore it from a copy of the recording.") from None
 
 
-def _check_size(path: Path, group: int, found: pq.RowGroupMetaData) -> None:
+def _check_size(path: Place, group: int, found: pq.RowGroupMetaData) -> None:
     """Refuse what arbl2 never writes and what would let a small foreign file take memory without bound."""
     payload = found.column(SCHEMA.get_field_index("payload"))
     by_reference = any("DICTIONARY" in encoding for encoding in payload.encodings)
@@ -394,7 +494,7 @@ def _check_size(path: Path, group: int, found: pq.RowGroupMetaData) -> None:
         )
 
 
-def _check_schema(path: Path, schema: pa.Schema, manifest: Manifest) -> None:
+def _check_schema(path: Place, schema: pa.Schema, manifest: Manifest) -> None:
     metadata = schema.metadata or {}
     version = metadata.get(b"arbl2.tape", b"").decode("ascii", "replace")
     if version != str(TAPE_VERSION):
@@ -421,6 +521,8 @@ def block_from_arrow(batch: pa.RecordBatch, anchor: Anchor, *, where: str = "tap
         conn=batch.column("conn").to_numpy(),
         kind=_codes(batch.column("kind"), _KIND_CODES, where),
         op=_codes(batch.column("op"), _OP_CODES, where),
+        queue_us=batch.column("queue_us").to_numpy(),
+        flags=batch.column("flags").to_numpy(),
         offsets=offsets,
         data=np.frombuffer(data_buffer or b"", dtype=np.uint8),
     )
@@ -436,6 +538,8 @@ def block_to_arrow(block: FrameBlock, schema: pa.Schema = SCHEMA) -> pa.RecordBa
         _column(block.conn, pa.int32()),
         _names(block.kind, _KIND_CODES),
         _names(block.op, _OP_CODES),
+        _column(block.queue_us, pa.int32()),
+        _column(block.flags, pa.uint8()),
         pa.Array.from_buffers(pa.binary(), len(block), [None, _buffer(block.offsets), _buffer(block.data)], null_count=0),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
@@ -472,25 +576,46 @@ def _codes(column: pa.DictionaryArray, codes: dict[str, int], where: str) -> Any
     return lookup[column.indices.to_numpy()]
 
 
-def sessions(root: Path) -> list[Path]:
-    """Session folders below ``root``, the one written last at the end."""
-    if not root.is_dir():
+@overload
+def sessions(root: Path) -> list[Path]: ...
+@overload
+def sessions(root: Path | str) -> list[Path | str]: ...
+def sessions(root: Path | str) -> list[Path] | list[Path | str]:
+    """Session folders below ``root``, the one written last at the end: paths below a folder, URLs below a URL.
+
+    Raises TapeError if they cannot be listed; a folder that does not exist holds none.
+    """
+    above = session_place(root)
+    try:
+        folders = above.folders()
+        found = [
+            (changed_ns, folder.name, folder)
+            for folder, changed_ns in zip(folders, changes_ns([folder / MANIFEST for folder in folders]), strict=True)
+            if changed_ns is not None
+        ]
+    except NotADirectoryError:
         return []
-    manifests = root.glob(f"*/{MANIFEST}")
-    return [path.parent for path in sorted(manifests, key=lambda path: (path.stat().st_mtime_ns, path.parent.name))]
+    except OSError as error:
+        raise unreadable(above, error) from None
+    return [folder.local or str(folder) for _, _, folder in sorted(found, key=lambda item: item[:2])]
 
 
-def find_session(tape: Path | None, root: Path) -> Path:
+@overload
+def find_session(tape: Path | None, root: Path) -> Path: ...
+@overload
+def find_session(tape: Path | str | None, root: Path | str) -> Path | str: ...
+def find_session(tape: Path | str | None, root: Path | str) -> Path | str:
     """The session folder meant by ``tape``: itself, or the newest below it or below ``root``. Raises TapeError."""
-    if tape is not None and (tape / MANIFEST).is_file():
-        return tape
-    if tape is not None and not tape.is_dir():
-        raise TapeError(f"there is no recording at {tape}. `arbl2 record` makes one; `arbl2 demo` shows the whole way.")
-    found = sessions(tape if tape is not None else root)
+    where = session_place(root if tape is None else tape)
+    try:
+        if tape is not None and (where / MANIFEST).size() is not None:
+            return where.local or str(where)
+    except OSError as error:
+        raise unreadable(where, error) from None
+    found = sessions(root if tape is None else tape)
     if not found:
-        raise TapeError(
-            f"there is no recording below {tape or root}. `arbl2 record` makes one; `arbl2 demo` shows the whole way."
-        )
+        looked = f"below {where}" if tape is None else f"at {where}"
+        raise TapeError(f"there is no recording {looked}. `arbl2 record` makes one; `arbl2 demo` shows the whole way.")
     return found[-1]
 
 

@@ -42,7 +42,7 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from arbl2.errors import Arbl2Error
-from arbl2.frames import UPBIT, Anchor, FrameKind, Op
+from arbl2.frames import UPBIT, Anchor, Flag, FrameKind, Op
 from arbl2.tape import LOG, TAPE_VERSION, Manifest, TapeReader
 from arbl2_recorder import Endpoints, RecordConfig, record
 from arbl2_recorder.clock import stamp
@@ -61,7 +61,7 @@ CAPTURES = Path(__file__).resolve().parents[2] / "shared" / "data"
 SIZES = (245, 1_400)
 RING = 16_381
 CHUNK = 64 * 2**10
-LEAST_RATE, MOST_RSS_MB, LEAST_LOG_RATE = 100_000, 300, 450_000
+LEAST_SHARE, MOST_RSS_MB, LEAST_LOG_RATE = 0.8, 300, 450_000
 MOST_SHIFT_MS = 1.0
 LEASE_LIMIT = Path("/proc/sys/fs/lease-break-time")
 _spawn = get_context("spawn")
@@ -515,11 +515,13 @@ def throughput(count: int, rounds: int) -> bool:
         print()
         for name, runs in (("segments of 128 MiB", large), ("segments of 16 MiB", small)):
             exact, lost = sum(run.exact for run in runs), sum(run.sent["count"] - run.tape.count for run in runs)
-            rate, peak = median(run.tape.rate for run in runs), max(run.client.rss_mb for run in runs)
+            share = median(run.tape.rate / rate for run, rate in zip(runs, rates, strict=True))
+            peak = max(run.client.rss_mb for run in runs)
             where = f"{size:,} B, {name}"
             said = f"{exact} of {len(runs)} recordings have the SHA-256 of what was sent; {lost:,} messages lost"
             holds &= verdict(f"recorded = sent, {where}", exact == len(runs), said)
-            holds &= verdict(f"R4 rate, {where}", rate >= LEAST_RATE, f"{rate:,.0f} messages/s (asked: {LEAST_RATE:,})")
+            said = f"{share:.2f} of the bare client (asked: {LEAST_SHARE})"
+            holds &= verdict(f"R4 rate, {where}", share >= LEAST_SHARE, said)
             holds &= verdict(f"R4 memory, {where}", peak < MOST_RSS_MB, f"{peak:.0f} MB at most (asked: below {MOST_RSS_MB})")
     return holds & log_rate(1_000_000, rounds)
 
@@ -591,8 +593,17 @@ class Lease:
         return time.monotonic_ns()
 
 
-def stall(seconds: float, rate: int, size: int) -> bool:
-    """The disk does not answer for ``seconds``: nothing is lost (or what is lost is declared), and no stamp moves."""
+def stalls(seconds: float, rate: int, size: int) -> bool:
+    """A stall that the queue can hold, then one that it cannot."""
+    holds = stall(seconds, rate, size)
+    return stall(seconds, rate, size, queue_bytes=int(rate * seconds * size / 4)) and holds
+
+
+def stall(seconds: float, rate: int, size: int, queue_bytes: int = 0) -> bool:
+    """The disk does not answer for ``seconds``: nothing is lost, and no stamp moves.
+
+    With ``queue_bytes`` the queue is that small: what finds no room in it is lost, and declared to the last message.
+    """
     limit_s = int(LEASE_LIMIT.read_text())
     if not 0 < seconds < limit_s - 1:
         raise SystemExit(f"--stall {seconds}: the kernel ends a lease after {limit_s} s ({LEASE_LIMIT}); choose less.")
@@ -604,7 +615,10 @@ def stall(seconds: float, rate: int, size: int) -> bool:
         root = Path(folder)
         venue, venue_pipe = _run(_venue, plan)
         port = _answer(venue_pipe, 30, "the venue")
-        child, pipe = _run(_recorder, port, folder, plan.count, {"segment_bytes": segment_bytes, "segment_seconds": 10**9})
+        options = {"segment_bytes": segment_bytes, "segment_seconds": 10**9}
+        if queue_bytes:
+            options["queue_bytes"] = queue_bytes
+        child, pipe = _run(_recorder, port, folder, plan.count, options)
         try:
             lease = Lease(_wait_for(lambda: next(root.glob("*/log/000001.log"), None), 30).with_name("000002.log"))
             _wait_for(lambda: lease.broken_ns or None, calm_s + 30)
@@ -613,7 +627,7 @@ def stall(seconds: float, rate: int, size: int) -> bool:
             freed_ns = lease.release()
             sent = _answer(venue_pipe, 120, "the venue")
             client: Client = _answer(pipe, 120, "the recorder")
-            return _judge_stall(Path(client.path), client, sent, lease.broken_ns, freed_ns)
+            return _judge_stall(Path(client.path), client, sent, (lease.broken_ns, freed_ns), queue_bytes)
         finally:
             for process in (child, venue):
                 process.kill()
@@ -629,36 +643,40 @@ def _wait_for(found: Callable[[], Any], timeout_s: float) -> Any:
     raise SystemExit(f"what the benchmark waits for did not happen within {timeout_s:.0f} s")
 
 
-def _judge_stall(path: Path, client: Client, sent: dict[str, Any], from_ns: int, to_ns: int) -> bool:
+def _judge_stall(path: Path, client: Client, sent: dict[str, Any], stalled_ns: tuple[int, int], queue_bytes: int) -> bool:
     reader = TapeReader(path)
     reader.verify_hashes()
     found: list[tuple[bytes, int, int]] = []
-    declared = 0
+    declared: list[dict[str, int]] = []
     for frame in reader.frames():
         if frame.kind is FrameKind.MESSAGE:
             sent_ns = int(frame.payload.split(b'"sent":', 1)[1].split(b",", 1)[0])
             found.append((hashlib.sha256(frame.payload).digest(), sent_ns, frame.mono_ns))
         elif frame.kind is FrameKind.ALARM:
             facts = json.loads(frame.payload)
-            declared += facts["frames"] if facts["alarm"] == "dropped" else 0
+            declared += [facts] if facts["alarm"] == "dropped" else []
     # Everything found must stand among what was sent, in the same order.
     rest = iter(sent["digests"])
     in_order = all(any(digest == other for other in rest) for digest, _, _ in found)
-    lost = sent["count"] - len(found)
+    lost, named = sent["count"] - len(found), sum(facts["frames"] for facts in declared)
+    from_ns, to_ns = stalled_ns
     delays: dict[str, list[float]] = {"before": [], "during": [], "after": []}
     for _, sent_ns, mono_ns in found:
         phase = "before" if sent_ns < from_ns else "during" if sent_ns < to_ns else "after"
         delays[phase].append((mono_ns - sent_ns) / 1e6)
-    print(f"\nthe log writer hung in open() for {(to_ns - from_ns) / 1e9:.2f} s; peak RSS {client.rss_mb:.0f} MB\n")
+    room = f"a queue of {queue_bytes / 2**20:.0f} MiB" if queue_bytes else "the default queue"
+    print(f"\nthe log writer hung in open() for {(to_ns - from_ns) / 1e9:.2f} s, {room}; peak RSS {client.rss_mb:.0f} MB\n")
     print("| stall | messages | send to stamp, ms: p50 | p99 | p99.9 | most |\n|---|---|---|---|---|---|")
     for phase, values in delays.items():
         p50, p99, p999, most = np.percentile(values, [50, 99, 99.9, 100]) if values else [float("nan")] * 4
         print(f"| {phase} | {len(values):,} | {p50:.2f} | {p99:.2f} | {p999:.2f} | {most:.2f} |")
     print()
+    spans = ", ".join(f"{facts['frames']:,} in {(facts['to_recv_ns'] - facts['from_recv_ns']) / 1e9:.2f} s" for facts in declared)
+    said = f"sent {sent['count']:,} = recorded {len(found):,} + declared {named:,} ({spans or 'none'}); in order: {in_order}"
+    whole = verdict("R5 sent = recorded + declared", in_order and lost == named, said)
+    expected = lost > 0 if queue_bytes else lost == 0
+    kept = verdict("R5 drops at the limit only", expected, f"{lost:,} lost with {room}")
     shift = float(np.percentile(delays["during"], 99) - np.percentile(delays["before"], 99))
-    said = f"{lost:,} of {sent['count']:,} lost, {declared:,} declared as dropped, the others exact and in order: {in_order}"
-    whole = verdict("R5 nothing lost unsaid", in_order and lost == declared, said)
-    kept = verdict("R5 nothing lost", lost == 0, f"{lost:,} lost")
     stamps = verdict("R5 stamps", shift < MOST_SHIFT_MS, f"p99 moved by {shift:+.2f} ms (asked: below {MOST_SHIFT_MS:g})")
     return whole and kept and stamps
 
@@ -702,6 +720,8 @@ def sealed_bytes(lines: list[Line]) -> int:
     """Size of the segment that the recorder's own log and sealer make of the messages."""
     recv_ns, mono_ns = stamp()
     anchor = Anchor(recv_ns, mono_ns)
+    # How long a message waits for its seq was not in the capture either: about 20 microseconds, and more within a burst.
+    rng, began_ns, earlier_ns = random.Random(6), 0, 0
     with tempfile.TemporaryDirectory(prefix="arbl2-bench-") as folder:
         path = Path(folder) / "session"
         (path / LOG).mkdir(parents=True)
@@ -709,10 +729,14 @@ def sealed_bytes(lines: list[Line]) -> int:
             for batch in _flushes(lines):
                 heads = []
                 for seq, line in batch:
+                    began_ns = began_ns if line.recv_ns - earlier_ns < 1_000_000 else line.recv_ns
+                    earlier_ns = line.recv_ns
+                    queue_us = int((line.recv_ns - began_ns) / 2_000 + rng.lognormvariate(3.0, 0.5))
                     # Both clocks were not in the capture; how far one reading lies after the other is taken from this machine.
                     wall, mono = stamp()
                     at_ns = line.recv_ns - (wall - mono)
-                    heads.append(HEAD.pack(seq, line.recv_ns, at_ns, 1, 0, UPBIT, FrameKind.MESSAGE, Op.TEXT, 0, len(line.payload)))
+                    what = (UPBIT, FrameKind.MESSAGE, Op.TEXT, Flag.NONE)
+                    heads.append(HEAD.pack(seq, line.recv_ns, at_ns, 1, queue_us, *what, len(line.payload)))
                 log.write(encode_batch(heads, [line.payload for _, line in batch]))
         manifest = Manifest(
             tape_version=TAPE_VERSION,
@@ -751,7 +775,7 @@ def size() -> bool:
         ("Upbit, SIMPLE, 15 levels and trades", _upbit_lines(CAPTURES / "upbit_frames_first10s.jsonl"), 0),
     ]
     print(
-        "\n| capture | messages | raw B | gzip -6, one stamp | sealed, seq and two stamps | sealed/gzip |\n"
+        "\n| capture | messages | raw B | gzip -6, one stamp | sealed, seq and three stamps | sealed/gzip |\n"
         "|---|---|---|---|---|---|"
     )
     verdicts = []
@@ -773,9 +797,9 @@ def size() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.record", description=__doc__.split("\n", 1)[0] if __doc__ else "")
-    parser.add_argument("--messages", type=int, default=500_000, help="messages of each flat-out run (default: 500,000)")
+    parser.add_argument("--messages", type=int, default=300_000, help="messages of each flat-out run (default: 300,000)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default: 5)")
-    parser.add_argument("--stall", type=float, metavar="SECONDS", help="let the disk stall for so long instead")
+    parser.add_argument("--stall", type=float, metavar="SECONDS", help="let the disk stall for so long instead, twice")
     parser.add_argument("--rate", type=int, default=5_000, help="messages a second meanwhile (default: 5,000)")
     parser.add_argument("--bytes", type=int, default=SIZES[1], help="bytes of each of them (default: 1,400)")
     parser.add_argument("--frames", type=int, metavar="COUNT", help="record so many mixed frames instead")
@@ -783,7 +807,7 @@ def main() -> None:
     options = parser.parse_args()
     print(here())
     if options.stall is not None:
-        holds = stall(options.stall, options.rate, options.bytes)
+        holds = stalls(options.stall, options.rate, options.bytes)
     elif options.frames is not None:
         holds = frames(options.frames)
     elif options.size:

@@ -108,7 +108,7 @@ def pins() -> dict[str, str]:
 
 
 def declared() -> list[Requirement]:
-    groups = PROJECT["dependency-groups"].values()
+    groups = [*PROJECT["dependency-groups"].values(), *PROJECT["project"]["optional-dependencies"].values()]
     lines = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"]]
     return [Requirement(line) for line in [*lines, *(line for group in groups for line in group)]]
 

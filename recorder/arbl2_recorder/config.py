@@ -73,6 +73,11 @@ class RecordConfig:
     snapshot_limit: int = 1000  # levels a side of the REST books that a diff stream starts from
     rules_s: float = 86_400.0  # ticks, lots and filters are fetched anew this often
 
+    ship: str | None = None  # copy what is sealed to this folder or URL, such as s3://bucket/tapes
+    ship_delete: bool = False  # ... and delete segments here once their copy was read back
+    keep_days: float | None = None  # delete whole sessions that ended longer ago (shipped ones only, if they are shipped)
+    keep_bytes: int | None = None  # ... or the oldest ones while the folder holds more
+
     flush_ms: int = 250  # what a kill may cost at most
     fsync: bool = True  # also survive a power cut, not only a kill
     segment_seconds: int = 900  # segments end on multiples of this in UTC ...
@@ -136,9 +141,9 @@ class RecordConfig:
         if self.duration_s is not None and not self.duration_s > 0:
             raise ConfigError(f"duration is {self.duration_s} s; it must be above 0, or left out to record until stopped")
         for name in self.__slots__:
-            if name.endswith(("_ms", "_s", "_seconds", "_bytes")) and name != "duration_s":
+            if name.endswith(("_ms", "_s", "_seconds", "_bytes", "_days")) and name != "duration_s":
                 value = getattr(self, name)
-                if not value > 0:
+                if value is not None and not value > 0:
                     raise ConfigError(f"{name} is {value}; it must be above 0")
 
     def instruments(self) -> dict[str, list[str]]:

@@ -47,12 +47,13 @@ _KINDS = np.array(sorted(KIND_NAMES), dtype=np.uint8)
 _OPS = np.array(sorted(OP_NAMES), dtype=np.uint8)
 
 
-def encode_batch(heads: list[bytes], payloads: list[bytes]) -> bytes:
+def encode_batch(heads: list[bytes], payloads: list[bytes]) -> bytearray:
     """One batch from packed heads and their payloads."""
-    head, body = b"".join(heads), b"".join(payloads)
-    counts = _COUNTS.pack(len(heads), len(body))
-    crc = zlib.crc32(body, zlib.crc32(head, zlib.crc32(counts)))
-    return b"".join((_FRONT.pack(MAGIC, crc), counts, head, body))
+    batch = bytearray().join((bytes(_HEADS_AT), *heads, *payloads))
+    body = len(batch) - _HEADS_AT - len(heads) * HEAD.size
+    _COUNTS.pack_into(batch, _FRONT.size, len(heads), body)
+    _FRONT.pack_into(batch, 0, MAGIC, zlib.crc32(memoryview(batch)[_FRONT.size :]))
+    return batch
 
 
 class LogReader:

@@ -22,15 +22,16 @@ from arbl2.errors import VenueError
 from arbl2.tape import LOG, save_manifest
 from arbl2_recorder import clock
 from arbl2_recorder.birth import create
+from arbl2_recorder.chores import Chores
 from arbl2_recorder.consumer import Consumer
-from arbl2_recorder.desk import Desk
-from arbl2_recorder.leg import Group
-from arbl2_recorder.limits import Gate, Limit
 from arbl2_recorder.recovery import recover_locked
+from arbl2_recorder.retention import Retention
 from arbl2_recorder.seal import Sealer
 from arbl2_recorder.session import BEAT_S, Session
-from arbl2_recorder.status import RecordResult, Status, VenueStatus
+from arbl2_recorder.ship import Shipper
+from arbl2_recorder.status import RecordResult, Status
 from arbl2_recorder.storage import RootLock
+from arbl2_recorder.venue import Venue
 from arbl2_recorder.venues import feeds
 from arbl2_recorder.writer import LogWriter
 
@@ -41,11 +42,11 @@ if TYPE_CHECKING:
     from arbl2_recorder.clock import ClockOffset
     from arbl2_recorder.config import RecordConfig
     from arbl2_recorder.recovery import RecoveryReport
-    from arbl2_recorder.venues import VenueFeed
 
 _logger = logging.getLogger("arbl2.recorder")
 TICK_S = 0.05
 OFFSET_S = 60.0
+SHIP_PATIENCE_S = 30.0
 SWITCH_INTERVAL_S = 0.0005
 # A clock that is only slewed moves at most 500 ppm: 5 ms between two samples 10 s apart.
 CLOCK_STEP_NS = 5_000_000
@@ -97,69 +98,6 @@ async def arecord(
         return await run.work(tuple(recovered))
 
 
-class _Venue:
-    """Everything that counts against the limits of one venue: its connections and its REST side."""
-
-    def __init__(self, venue_feeds: list[VenueFeed], session: Session, config: RecordConfig) -> None:
-        feed = venue_feeds[0]
-        self.name = feed.name
-        self.url = feed.url
-        self._feeds = venue_feeds
-        gate = Gate(Limit(1, config.dial_interval_s), *feed.dial_limits)
-        self.desk = Desk(feed.venue, session, Gate(*feed.rest_limits), config.rest_timeout_s)
-        self.groups = [Group(one, session, config, gate, self._first) for one in venue_feeds]
-        self.legs = [leg for group in self.groups for leg in group.legs]
-        self._rated = 0
-
-    def _first(self, feed: VenueFeed, stream: str) -> None:
-        if (ask := feed.snapshot(stream)) is not None:
-            self.desk.ask(ask)
-
-    def ask_rules(self) -> None:
-        """Ticks, lots and filters of everything that is recorded."""
-        for feed in self._feeds:
-            for ask in feed.rules:
-                self.desk.ask(ask)
-
-    @property
-    def delivered(self) -> bool:
-        """Whether any data has come."""
-        return any(leg.delivered for leg in self.legs)
-
-    @property
-    def problem(self) -> str:
-        """The last one."""
-        return next((leg.problem for leg in self.legs if leg.problem), "")
-
-    @property
-    def messages(self) -> int:
-        """Messages received, copies not counted twice."""
-        return sum(leg.messages - leg.copies for leg in self.legs)
-
-    def longest_silence_s(self, start_ns: int, end_ns: int) -> float:
-        """The longest time in which one of the feeds said nothing on any of its legs, at most."""
-        return max(min(leg.longest_silence_s(start_ns, end_ns) for leg in group.legs) for group in self.groups)
-
-    def status(self, now_ns: int, span_s: float) -> VenueStatus:
-        """A snapshot for people; ``span_s`` has passed since the last one."""
-        last_ns = max(leg.last_ns for leg in self.legs)
-        rate_per_s, self._rated = (self.messages - self._rated) / span_s, self.messages
-        states = [leg.state for leg in self.legs]
-        opened = sum(leg.connections for leg in self.legs)
-        return VenueStatus(
-            name=self.name,
-            state=next((state for state in states if state != "open"), "open"),
-            connections=opened,
-            messages=self.messages,
-            bytes=sum(leg.bytes for leg in self.legs),
-            rate_per_s=rate_per_s,
-            last_message_s=(now_ns - last_ns) / 1e9 if last_ns else None,
-            problem=self.problem,
-            open_connections=states.count("open"),
-            reconnects=sum(leg.lost for leg in self.legs),
-        )
-
-
 class _Run:
     def __init__(
         self,
@@ -180,7 +118,7 @@ class _Run:
         self._feeds = feeds(config)
         self._path, manifest = create(config, self._feeds)
         self._started_ns = manifest.anchor_mono_ns
-        self._sealer = Sealer(self._path, manifest, self._fail)
+        self._sealer = Sealer(self._path, manifest, self._fail, on_wanted=self._want_snapshots)
         self._log = LogWriter(
             self._path,
             flush_ms=config.flush_ms,
@@ -192,9 +130,12 @@ class _Run:
         )
         self._consumer = Consumer(on_frame, self._fail, limit_bytes=config.queue_bytes) if on_frame is not None else None
         self._session = Session(self._log, queue_bytes=config.queue_bytes, consumer=self._consumer)
-        self._venues = [_Venue(list(part), self._session, config) for _, part in groupby(self._feeds, lambda feed: feed.name)]
+        self._venues = [Venue(list(part), self._session, config) for _, part in groupby(self._feeds, lambda feed: feed.name)]
         self._rated_ns = self._started_ns
         self._offset: ClockOffset | None = None
+        self._latest: Status | None = None
+        self._chores = Chores(config.out, lambda: self._latest, _retention(config))
+        self._shipper = Shipper(config.out, config.ship, delete_local=config.ship_delete) if config.ship else None
 
     async def _ask_time(self) -> None:
         while True:
@@ -210,6 +151,15 @@ class _Run:
         """From any thread: the recording cannot go on."""
         with contextlib.suppress(RuntimeError):  # the loop has ended: whoever waits looks at the error itself
             self._loop.call_soon_threadsafe(self._end, "failed", error)
+
+    def _want_snapshots(self, symbols: tuple[str, ...]) -> None:
+        """From the sealer's thread: diff chains are broken."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._ask_snapshots, symbols)
+
+    def _ask_snapshots(self, symbols: tuple[str, ...]) -> None:
+        for venue in self._venues:
+            venue.ask_snapshots(symbols)
 
     async def work(self, recovered: tuple[RecoveryReport, ...]) -> RecordResult:
         """Record until something ends it, then drain and seal."""
@@ -230,6 +180,9 @@ class _Run:
                 task.cancel()
             await asyncio.wait(tasks)
             await self._drain()
+            self._chores.close()
+            if self._shipper is not None:
+                await asyncio.to_thread(self._shipper.close, SHIP_PATIENCE_S)
             for number in handled:
                 self._loop.remove_signal_handler(number)
         return self._result(recovered)
@@ -338,6 +291,11 @@ class _Run:
             silent=tuple(sorted(session.silent)),
             longest_silence_s={venue.name: venue.longest_silence_s(self._started_ns, self._ended_ns) for venue in self._venues},
             dropped=session.dropped,
+            queue=self._sealer.queue_us,
+            late_frames=session.late_frames,
+            gaps=dict(sorted(self._sealer.gaps.items())),
+            shipped_segments=self._shipper.files if self._shipper else 0,
+            reconnects={venue.name: venue.reconnects for venue in self._venues},
             duration_s=(clock.mono_ns() - self._started_ns) / 1e9,
             ended=self._ended,
             clean=session.dropped == 0,
@@ -345,29 +303,42 @@ class _Run:
         )
 
     def _tell(self, now_ns: int) -> None:
-        if self._on_status is None:
-            return
         span_s = max((now_ns - self._rated_ns) / 1e9, 1e-9)
         venues = tuple(venue.status(now_ns, span_s) for venue in self._venues)
         self._rated_ns = now_ns
         segments, session = self._sealer.manifest.segments, self._session
-        self._on_status(
-            Status(
-                session=self._path.name,
-                phase=self._phase,
-                elapsed_s=(now_ns - self._started_ns) / 1e9,
-                venues=venues,
-                frames=session.seq,
-                queued_bytes=self._log.queued_bytes,
-                logged_bytes=self._log.logged_bytes,
-                sealed_bytes=sum(segment.bytes for segment in segments),
-                segments=len(segments),
-                waiting_logs=self._sealer.waiting,
-                dropped=session.dropped,
-                alarms=session.alarms.total(),
-                last_alarm=session.last_alarm,
-            )
+        self._latest = Status(
+            session=self._path.name,
+            phase=self._phase,
+            elapsed_s=(now_ns - self._started_ns) / 1e9,
+            venues=venues,
+            frames=session.seq,
+            queued_bytes=self._log.queued_bytes,
+            logged_bytes=self._log.logged_bytes,
+            sealed_bytes=sum(segment.bytes for segment in segments),
+            segments=len(segments),
+            waiting_logs=self._sealer.waiting,
+            dropped=session.dropped,
+            alarms=session.alarms.total(),
+            last_alarm=session.last_alarm,
+            queue=self._sealer.queue_us,
+            late_frames=session.late_frames,
+            shipped_segments=self._shipper.files if self._shipper else 0,
+            gaps=self._sealer.gaps,
+            last_gap=self._sealer.last_gap,
+            last_drop_s=(now_ns - session.last_drop_ns) / 1e9 if session.last_drop_ns else None,
+            disk_free_bytes=self._chores.disk_free_bytes,
+            clock=self._offset,
+            wall_ns=clock.wall_ns(),
         )
+        if self._on_status is not None:
+            self._on_status(self._latest)
+
+
+def _retention(config: RecordConfig) -> Retention | None:
+    if config.keep_days is None and config.keep_bytes is None:
+        return None
+    return Retention(keep_days=config.keep_days, keep_bytes=config.keep_bytes, only_shipped=config.ship is not None)
 
 
 def _stepped(earlier: Anchor) -> bool:

@@ -53,6 +53,8 @@ class Session:
         self.seq = 0
         self.payload_bytes = 0
         self.dropped = 0
+        self.late_frames = 0
+        self.last_drop_ns = 0
         self.alarms: Counter[str] = Counter()
         self.last_alarm = ""
         self.silent: set[str] = set()
@@ -71,7 +73,7 @@ class Session:
         """Record one frame; ``venue`` is a code of ``VENUES``. Returns its seq, 0 if it had to be dropped."""
         if self._losses or self._log.queued_bytes > self._queue_bytes:
             if kind is _MESSAGE and self._log.queued_bytes > self._queue_bytes // 2:
-                self._lose(venue, conn, payload, recv_ns)
+                self._lose(venue, conn, payload, recv_ns, mono_ns)
                 return 0
             if self._losses:
                 self._declare(recv_ns, mono_ns)
@@ -105,15 +107,19 @@ class Session:
     def _append(self, venue: int, conn: int, kind: FrameKind, op: Op, payload: bytes, recv_ns: int, mono_ns: int) -> int:
         self.seq = seq = self.seq + 1
         self.payload_bytes += len(payload)
-        flags = _LATE if mono_ns - self._beat_ns > LATE_NS else _ON_TIME
+        flags = _ON_TIME
+        if mono_ns - self._beat_ns > LATE_NS:
+            flags = _LATE
+            self.late_frames += 1
         queue_us = min((clock.mono_ns() - mono_ns) // 1000, _MOST_US)
         self._log.append(HEAD.pack(seq, recv_ns, mono_ns, conn, queue_us, venue, kind, op, flags, len(payload)), payload)
         if self._consumer is not None:
             self._consumer.put(Frame(seq, recv_ns, mono_ns, VENUES[venue], conn, kind, op, payload, queue_us, flags))
         return seq
 
-    def _lose(self, venue: int, conn: int, payload: bytes, recv_ns: int) -> None:
+    def _lose(self, venue: int, conn: int, payload: bytes, recv_ns: int, mono_ns: int) -> None:
         self.dropped += 1
+        self.last_drop_ns = mono_ns
         loss = self._losses.setdefault((venue, conn), _Loss(0, 0, recv_ns, recv_ns))
         loss.frames += 1
         loss.bytes += len(payload)

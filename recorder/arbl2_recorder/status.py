@@ -1,9 +1,16 @@
-"""What a recording tells about itself: a snapshot while it runs, a result when it has ended."""
+"""What a recording tells about itself: a snapshot while it runs, a result when it has ended.
+
+``as_json`` turns either into one line for machines. The field names are the documentation: units are in them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import msgspec
+
+from arbl2_recorder.clock import ClockOffset  # noqa: TC001 - read at run time when a status is read back
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -12,8 +19,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
+class QueueDelay:
+    """From the arrival of the bytes in the process to the ``seq`` of their frame, over the session so far."""
+
+    p50_us: int = 0
+    p99_us: int = 0
+    max_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class VenueStatus:
-    """One venue now. ``state``: dialling, open, waiting (for the next dial). ``last_message_s`` is None before the first."""
+    """One venue now. ``state``: dialling, open, waiting (for the next dial). ``last_message_s`` is None before the first.
+
+    ``connections`` were opened since the start, ``open_connections`` are open now, ``reconnects`` replaced one that was lost.
+    ``copies`` are messages that another connection had delivered already: neither in ``messages`` nor on the tape.
+    """
 
     name: str
     state: str
@@ -23,11 +43,31 @@ class VenueStatus:
     rate_per_s: float
     last_message_s: float | None
     problem: str
+    open_connections: int = 0
+    reconnects: int = 0
+    copies: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamStatus:
+    """One stream of a venue, by the venue's own name. ``last_message_s`` is the age of the last message, None before it."""
+
+    venue: str
+    name: str
+    messages: int
+    rate_per_s: float
+    last_message_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A recording now. ``queued_bytes`` wait for the disk; ``waiting_logs`` wait to be sealed. ``phase``: recording, sealing."""
+    """A recording now. ``phase``: recording, sealing. Counts are since the start of the session.
+
+    ``queued_bytes`` wait for the disk; ``waiting_logs`` wait to be sealed. ``dropped`` messages found no room, the last one
+    ``last_drop_s`` ago (None: never). ``late_frames`` came while the event loop was stalled, so that their stamp may be late.
+    ``gaps`` of the ledger by cause. ``disk_free_bytes`` and ``clock`` are None where the machine does not say.
+    ``wall_ns`` is when the snapshot was taken.
+    """
 
     session: str
     phase: str
@@ -42,16 +82,27 @@ class Status:
     dropped: int
     alarms: int
     last_alarm: str
+    streams: tuple[StreamStatus, ...] = ()
+    queue: QueueDelay = QueueDelay()
+    late_frames: int = 0
+    last_drop_s: float | None = None
+    gaps: dict[str, int] = field(default_factory=dict)
+    last_gap: str = ""
+    shipped_segments: int = 0
+    disk_free_bytes: int | None = None
+    clock: ClockOffset | None = None
+    wall_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class RecordResult:
     """A recording that has ended and is sealed.
 
-    ``frames`` on the tape, ``payload_bytes`` in them, ``sealed_bytes`` of its files; ``messages`` per venue; ``counts`` by
-    "<venue or ->.<kind>"; ``alarms`` by name; ``silent`` streams never said anything; ``longest_silence_s`` is per
-    venue, nothing from any stream; ``ended``: duration, stop or signal. ``clean`` says that every message that
-    arrived is on the tape. ``recovered`` are earlier sessions below the same root that were restored at the start.
+    ``frames`` on the tape, ``payload_bytes`` in them, ``sealed_bytes`` of its files; ``messages`` and ``reconnects`` per
+    venue; ``counts`` by "<venue or ->.<kind>"; ``alarms`` by name; ``gaps`` of the ledger by cause; ``silent`` streams never
+    said anything; ``longest_silence_s`` is per venue, nothing from any stream; ``ended``: duration, stop or signal. ``clean``
+    says that every message that arrived is on the tape. ``recovered`` are earlier sessions below the same root that were
+    restored at the start.
     """
 
     session: str
@@ -69,3 +120,15 @@ class RecordResult:
     ended: str
     clean: bool
     recovered: tuple[RecoveryReport, ...]
+    queue: QueueDelay = QueueDelay()
+    late_frames: int = 0
+    gaps: dict[str, int] = field(default_factory=dict)
+    reconnects: dict[str, int] = field(default_factory=dict)
+    shipped_segments: int = 0
+
+
+def as_json(what: Status | RecordResult) -> bytes:
+    """One JSON object on a line of its own; ``type`` says which of the two it is."""
+    kind = "status" if isinstance(what, Status) else "result"
+    fields = msgspec.to_builtins(what, enc_hook=str)
+    return msgspec.json.encode({"type": kind, **fields}) + b"\n"

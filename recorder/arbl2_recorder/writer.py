@@ -1,7 +1,8 @@
 """The log writer: a thread of its own, so that a slow disk never holds up the sockets.
 
 The socket thread appends to a batch in memory; this thread writes whole batches, at least every flush interval, and starts a
-new log when the old one is big or old enough. Memory is bounded by whoever appends: ``queued_bytes`` says what waits.
+new log when the old one is big or old enough. Memory is bounded by whoever appends: ``queued_bytes`` says what waits. What was
+written survives a kill; what was synced, which is asked for with every flush, also survives a power cut.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import logging
 import os
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 from arbl2.errors import StorageError
@@ -17,6 +19,7 @@ from arbl2.tape import LOG
 from arbl2_recorder import clock
 from arbl2_recorder.log import encode_batch
 from arbl2_recorder.storage import storage_error, sync_folder
+from arbl2_recorder.syncer import Syncer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("arbl2.recorder")
 
 BATCH_BYTES = 2 * 2**20
+SYNC_BYTES = 16 * 2**20
+"""As much is written between two syncs at most, unless the disk is slower: one for each batch would cost most of its speed."""
 FRAME_OVERHEAD = 192
 """What a waiting frame costs in memory beyond its payload, bytes: two bytes objects, a packed head, two list slots."""
 
@@ -77,7 +82,9 @@ class LogWriter:
         self._number = 0
         self._handle = -1
         self._size = 0
+        self._unsynced = 0
         self._opened_slot = 0
+        self._syncer = Syncer(self._sync_failed)
         self.queued_bytes = 0
         self.logged_bytes = 0
         self.error: StorageError | None = None
@@ -85,6 +92,7 @@ class LogWriter:
             (session_dir / LOG).mkdir(exist_ok=True)
             self._open_next()
         except OSError as error:
+            self._syncer.close()
             raise storage_error(session_dir / LOG, error) from error
         self._thread = threading.Thread(target=self._run, name="arbl2-log-writer", daemon=True)
         self._thread.start()
@@ -104,10 +112,11 @@ class LogWriter:
                 self._wake.set()
 
     def close(self) -> None:
-        """Write what is queued, close the log and hand it over. Look at ``error`` afterwards."""
+        """Write and sync what is queued, close the log and hand it over. Look at ``error`` afterwards."""
         self._closing = True
         self._wake.set()
         self._thread.join()
+        self._syncer.close()
 
     def _run(self) -> None:
         try:
@@ -115,6 +124,9 @@ class LogWriter:
             while True:
                 self._wake.wait(max(0, due_ns - clock.mono_ns()) / 1e9)
                 self._wake.clear()
+                if self.error is not None:
+                    self._give_up(self.error)
+                    return
                 closing = self._closing
                 now_ns = clock.mono_ns()
                 flush = closing or now_ns >= due_ns
@@ -124,6 +136,8 @@ class LogWriter:
                     self._write(batch)
                     self._rotate_if_due()
                 self._rotate_if_due()
+                if flush:
+                    self._sync()
                 if closing:
                     self._close_log()
                     return
@@ -133,15 +147,23 @@ class LogWriter:
             _logger.exception("the log writer failed")
             self._give_up(StorageError(f"the log writer stopped: {error!r}. What was logged before stays."))
 
+    def _sync_failed(self, error: OSError) -> None:
+        self._report(storage_error(self._session_dir / LOG, error))
+        self._wake.set()
+
+    def _report(self, error: StorageError) -> None:
+        with self._lock:
+            is_first, self.error = self.error is None, self.error or error
+        if is_first:
+            self._on_error(error)
+
     def _give_up(self, error: StorageError) -> None:
-        self.error = error
         if self._handle >= 0:
             # A torn batch costs the reader nothing, but a log that ends whole needs no explanation.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, self._size)
-            with contextlib.suppress(OSError):
-                os.close(self._handle)
-        self._on_error(error)
+            self._syncer.ask(partial(os.close, self._handle))
+        self._report(error)
 
     def _take(self, *, everything: bool) -> list[_Batch]:
         with self._lock:
@@ -156,12 +178,18 @@ class LogWriter:
         view = memoryview(data)
         while view:
             view = view[os.write(self._handle, view) :]
-        if self._fsync:
-            os.fdatasync(self._handle)
         self._size += len(data)
+        self._unsynced += len(data)
+        if self._unsynced >= SYNC_BYTES:
+            self._sync()
         self.logged_bytes += len(data)
         with self._lock:
             self.queued_bytes -= batch.size
+
+    def _sync(self) -> None:
+        if self._fsync and self._unsynced:
+            self._syncer.ask(partial(os.fdatasync, self._handle))
+        self._unsynced = 0
 
     def _slot(self) -> int:
         return clock.wall_ns() // self._segment_ns
@@ -180,11 +208,12 @@ class LogWriter:
         self._size = 0
         self._opened_slot = self._slot()
         if self._fsync:
-            sync_folder(path.parent)
+            self._syncer.ask(partial(sync_folder, path.parent))
 
     def _close_log(self) -> None:
+        self._sync()
         handle, self._handle = self._handle, -1
-        os.close(handle)
+        self._syncer.ask(partial(os.close, handle))
         if self._size:
             self._on_rotated(self._number)
         else:

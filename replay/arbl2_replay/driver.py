@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,13 +21,14 @@ from arbl2.config import RunConfig
 from arbl2.engine import Engine, warm_up
 from arbl2.errors import ConfigError, TapeError
 from arbl2.frames import FrameKind
-from arbl2.tape import TapeReader
+from arbl2.tape import RECORDING, TapeReader
 from arbl2_replay.clock import Lateness, Pacer, Speed
 from arbl2_replay.kpi import Kpi
 from arbl2_replay.sinks import DECISIONS, FILLS, OUTCOME_SOURCE, RunSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
+    from pathlib import Path
 
     import polars as pl
 
@@ -88,18 +88,17 @@ def replay(
     check_hashes: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> RunResult:
-    """Replay one session folder and return its figures; with ``out``, keep them in ``out/<session>-<digest>``.
+    """Replay one session folder, here or at a URL, and return its figures; with ``out``, keep them in ``out/<session>-<digest>``.
 
     ``block_rows`` caps the frames fed at once (a row group by default); it changes nothing but speed, like ``speed`` and
     ``scanner``. Raises TapeError, ConfigError, StorageError.
     """
     config = config or RunConfig()
     pacer = Pacer(Speed.parse(speed) if isinstance(speed, str) else speed)
-    reader = TapeReader(Path(tape))
-    if reader.manifest.state == "recording":
-        raise TapeError(
-            f"{tape} is being recorded, or its recorder was killed. Stop it, or run `arbl2 recover {Path(tape).parent}`."
-        )
+    reader = TapeReader(tape)
+    if reader.manifest.state == RECORDING:
+        mend = "ship it again" if reader.place.local is None else f"run `arbl2 recover {reader.place.local.parent}`"
+        raise TapeError(f"{reader.place} is being recorded, or its recorder was killed. Stop it, or {mend}.")
     if check_hashes:
         reader.verify_hashes()
     blocks = read_ahead(reader)

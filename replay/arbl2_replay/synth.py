@@ -108,6 +108,20 @@ SYMBOLS: dict[str, SynthSymbol] = {
         upbit_phase_ms=79,
         upbit_quiet=0.15,
     ),
+    "SOL": SynthSymbol(
+        base="SOL",
+        price_usdt=210.0,
+        volatility_bps=0.5,
+        binance_touch=120.0,
+        binance_size=60.0,
+        binance_gap_ticks=1.0,
+        binance_phase_ms=54,
+        upbit_touch=90.0,
+        upbit_size=70.0,
+        upbit_spread_ticks=1.0,
+        upbit_phase_ms=33,
+        upbit_quiet=0.2,
+    ),
 }
 """The coins that come ready made."""
 

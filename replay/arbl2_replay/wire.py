@@ -1,4 +1,4 @@
-"""Books to the exact bytes that the venues send.
+"""Books and trades to the exact bytes that the venues send.
 
 A venue's text is not canonical JSON: Upbit prints the same number in three spellings (exponent prices and fixed sizes in
 DEFAULT, plain prices and exponent sizes in SIMPLE, plain integers over REST) and Binance prints everything with eight
@@ -9,6 +9,7 @@ the sum of the levels to the last digit.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import repeat
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,6 +35,27 @@ class Book(NamedTuple):
     bid_size_e8: Sequence[int]
     ask_px_e8: Sequence[int]
     ask_size_e8: Sequence[int]
+
+
+class UpbitTrade(NamedTuple):
+    """A trade as Upbit tells it: prices and sizes in 10^-8, ``book`` as it was right after."""
+
+    time_ms: int
+    px_e8: int
+    size_e8: int
+    taker_sells: bool
+    sequential_id: int
+    closing_px_e8: int
+    book: Book
+
+
+class DepthChange(NamedTuple):
+    """Changes of a Binance book by the updates ``first_id`` to ``last_id``: absolute sizes, 0 for a level that is gone."""
+
+    first_id: int
+    last_id: int
+    bids: Sequence[tuple[int, int]]
+    asks: Sequence[tuple[int, int]]
 
 
 def upbit_orderbook(
@@ -90,11 +112,77 @@ def upbit_rest_orderbook(code: str, book: Book, timestamp_ms: int, *, count: int
     ).encode()
 
 
+_TRADE_KEYS = (
+    *("type", "code", "timestamp", "trade_date", "trade_time", "trade_timestamp", "trade_price", "trade_volume"),
+    *("ask_bid", "prev_closing_price", "change", "change_price", "sequential_id"),
+    *("best_ask_price", "best_ask_size", "best_bid_price", "best_bid_size", "stream_type"),
+)
+_SIMPLE_TRADE_KEYS = (
+    *("ty", "cd", "tms", "td", "ttm", "ttms", "tp", "tv", "ab", "pcp", "c", "cp", "sid"),
+    *("bap", "bas", "bbp", "bbs", "st"),
+)
+
+
+def upbit_trade(code: str, trade: UpbitTrade, *, simple: bool = False, snapshot: bool = False) -> bytes:
+    """An Upbit ``trade`` message in DEFAULT or SIMPLE format; ``snapshot`` marks the last trade told again."""
+    moment = datetime.fromtimestamp(trade.time_ms // 1_000, tz=UTC)
+    rise = trade.px_e8 - trade.closing_px_e8
+    price, size = (_simple_price, _simple_size) if simple else (_default_price, _default_size)
+    book = trade.book
+    values = (
+        '"trade"',
+        f'"{code}"',
+        trade.time_ms,
+        f'"{moment:%Y-%m-%d}"',
+        f'"{moment:%H:%M:%S}"',
+        trade.time_ms,
+        price(trade.px_e8),
+        size(trade.size_e8),
+        '"ASK"' if trade.taker_sells else '"BID"',
+        decimal_text(trade.closing_px_e8),
+        '"EVEN"' if rise == 0 else '"RISE"' if rise > 0 else '"FALL"',
+        decimal_text(abs(rise)),
+        trade.sequential_id,
+        price(book.ask_px_e8[0] if book.ask_px_e8 else 0),
+        size(book.ask_size_e8[0] if book.ask_size_e8 else 0),
+        price(book.bid_px_e8[0] if book.bid_px_e8 else 0),
+        size(book.bid_size_e8[0] if book.bid_size_e8 else 0),
+        '"SNAPSHOT"' if snapshot else '"REALTIME"',
+    )
+    keys = _SIMPLE_TRADE_KEYS if simple else _TRADE_KEYS
+    pairs = ",".join([f'"{key}":{value}' for key, value in zip(keys, values, strict=True)])
+    return f"{{{pairs}}}".encode()
+
+
 def binance_depth(book: Book, last_update_id: int, *, depth: int = 20) -> bytes:
     """A Binance partial depth payload as the raw endpoint and REST send it: at most ``depth`` levels a side, no symbol."""
     bids = ",".join(map(_binance_level, book.bid_px_e8[:depth], book.bid_size_e8[:depth]))
     asks = ",".join(map(_binance_level, book.ask_px_e8[:depth], book.ask_size_e8[:depth]))
     return f'{{"lastUpdateId":{last_update_id},"bids":[{bids}],"asks":[{asks}]}}'.encode()
+
+
+def binance_diff(symbol: str, change: DepthChange, time_ms: int) -> bytes:
+    """A Binance ``depthUpdate`` payload."""
+    bids = ",".join(_binance_level(px, size) for px, size in change.bids)
+    asks = ",".join(_binance_level(px, size) for px, size in change.asks)
+    return (
+        f'{{"e":"depthUpdate","E":{time_ms},"s":"{symbol}","U":{change.first_id},"u":{change.last_id},"b":[{bids}],"a":[{asks}]}}'
+    ).encode()
+
+
+def binance_trade(symbol: str, trade_id: int, px_e8: int, size_e8: int, time_ms: int, *, taker_sells: bool) -> bytes:
+    """A Binance ``trade`` payload; ``m`` says that the buyer was the maker, so that the taker sold."""
+    maker = "true" if taker_sells else "false"
+    return (
+        f'{{"e":"trade","E":{time_ms},"s":"{symbol}","t":{trade_id},"p":"{decimal_text(px_e8)}","q":"{decimal_text(size_e8)}",'
+        f'"T":{time_ms},"m":{maker},"M":true}}'
+    ).encode()
+
+
+def binance_book_ticker(symbol: str, book: Book, update_id: int) -> bytes:
+    """A Binance ``bookTicker`` payload: the best level of each side (zeros for an empty one), no time, no event name."""
+    bid, bid_size, ask, ask_size = (decimal_text(side[0] if side else 0) for side in book)
+    return f'{{"u":{update_id},"s":"{symbol}","b":"{bid}","B":"{bid_size}","a":"{ask}","A":"{ask_size}"}}'.encode()
 
 
 def binance_combined(stream: str, data: bytes) -> bytes:

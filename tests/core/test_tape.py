@@ -281,6 +281,8 @@ def foreign(folder, rows, payload, **options):
         pa.array([1], pa.int32()).take(pa.array([0] * rows, pa.int8())),
         pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int8()), pa.array(["message"])).cast(word),
         pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int8()), pa.array(["text"])).cast(word),
+        pa.array([0], pa.int32()).take(pa.array([0] * rows, pa.int8())),
+        pa.array([0], pa.uint8()).take(pa.array([0] * rows, pa.int8())),
         pa.array([payload], pa.binary()).take(pa.array([0] * rows, pa.int8())),
     ]
     path = folder / SEGMENTS / "000001.parquet"

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from arbl2.errors import EngineError, StorageError
-from arbl2.frames import Anchor, Frame, FrameKind, Op
+from arbl2.frames import Anchor, Flag, Frame, FrameKind, Op
 from arbl2.tape import LOG, TapeReader, load_manifest, sessions
 from arbl2_recorder import LiveView, RecordConfig, Status, VenueStatus, clock, record
 from arbl2_recorder.consumer import Consumer
@@ -97,6 +97,27 @@ def test_segments_end_on_whole_seconds_of_utc(venue, scripts, make_config):
     for segment in segments[1:]:
         # A log is closed at the first flush after the boundary; what waited for that flush was stamped just before it.
         assert (segment.first_recv_ns + 100_000_000) % 10**9 < 400_000_000
+
+
+def test_frames_that_came_while_the_loop_was_held_up_are_flagged(venue, scripts, make_config, frames):
+    server = venue(scripts["upbit"])
+    held = []
+
+    def hold_up(status):
+        if status.frames > 50 and not held:
+            held.append(time.monotonic_ns())
+            time.sleep(0.3)
+            held.append(time.monotonic_ns())
+
+    result = record(make_config(upbit=server, duration_s=1.5), on_status=hold_up)
+    found = [f for f in frames(result.path) if f.kind is FrameKind.MESSAGE]
+    late = [f for f in found if f.flags & Flag.LATE]
+    read_after = [f for f in found if held[1] <= f.mono_ns <= held[1] + 5_000_000]
+    assert read_after
+    assert read_after[0] in late
+    assert result.late_frames >= len(late) > 0
+    assert [f for f in found if f.mono_ns < held[0] and not f.flags]
+    assert all(0 <= f.queue_us < 1_000_000 for f in found)
 
 
 def test_a_second_recorder_on_the_same_folder_is_refused(venue, scripts, make_config, stop_when):

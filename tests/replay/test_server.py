@@ -168,7 +168,7 @@ def test_upbit_several_types_levels_and_the_list_of_them():
                 {"type": "orderbook", "codes": ["KRW-BTC.15"]},
                 {"type": "orderbook", "codes": ["KRW-XRP"], "level": 10, "is_only_snapshot": True},
                 {"type": "orderbook", "codes": ["KRW-ETH"], "level": 7},
-                {"type": "trade", "codes": ["KRW-ETH"]},
+                {"type": "ticker", "codes": ["KRW-ETH"]},
             ]
             await ws.send(json.dumps(request))
             messages = [json.loads(frame) for frame in await take(ws, 12)]
@@ -188,7 +188,7 @@ def test_upbit_several_types_levels_and_the_list_of_them():
                     {"type": "orderbook", "codes": ["KRW-BTC.15"], "level": 0},
                     {"type": "orderbook", "codes": ["KRW-XRP"], "level": 10},
                     {"type": "orderbook", "codes": ["KRW-ETH"], "level": 7},
-                    {"type": "trade", "codes": ["KRW-ETH"]},
+                    {"type": "ticker", "codes": ["KRW-ETH"]},
                 ],
                 "ticket": "ask",
             }
@@ -327,7 +327,7 @@ def test_upbit_rest_and_socket_show_the_same_book_at_the_same_time():
 
 def test_binance_combined_streams_by_url_and_by_request():
     async def scenario(server):
-        url = server.binance_ws_url + "?streams=btcusdt@depth5@100ms/ethusdt@depth@100ms/nopeusdt@depth5"
+        url = server.binance_ws_url + "?streams=btcusdt@depth5@100ms/ethusdt@kline_1m/nopeusdt@depth5"
         async with connect(url) as ws:
             first = [json.loads(text) for text in await take(ws, 3)]
             assert {m["stream"] for m in first} == {"btcusdt@depth5@100ms"}
@@ -344,7 +344,7 @@ def test_binance_combined_streams_by_url_and_by_request():
             acks = [m for m in messages if "id" in m]
             assert acks == [
                 {"result": None, "id": 2},
-                {"result": ["ethusdt@depth@100ms", "nopeusdt@depth5", "xrpusdt@depth20@100ms"], "id": 3},
+                {"result": ["ethusdt@kline_1m", "nopeusdt@depth5", "xrpusdt@depth20@100ms"], "id": 3},
             ]
             after = messages[messages.index(acks[0]) + 1 :]
             assert {m["stream"] for m in after if "stream" in m} == {"xrpusdt@depth20@100ms"}
@@ -452,6 +452,151 @@ def test_binance_pings_and_gives_up_on_who_does_not_answer():
             assert answering.close_code is None
 
     run(scenario, binance_ping_s=0.1, binance_pong_s=0.3)
+
+
+class SlowBook:
+    """The venue's own procedure for a local book, as plainly as it can be written."""
+
+    def __init__(self):
+        self.last = 0
+        self.sides = {}
+
+    def begin(self, snapshot):
+        self.last = snapshot["lastUpdateId"]
+        self.sides = {side: dict(levels(snapshot[name])) for side, name in (("b", "bids"), ("a", "asks"))}
+
+    def apply(self, event):
+        if event["u"] <= self.last:
+            return
+        assert event["U"] <= self.last + 1, f"gap: {self.last} -> {event['U']}"
+        for side in "ba":
+            for px, size in event[side]:
+                if Decimal(size):
+                    self.sides[side][Decimal(px)] = Decimal(size)
+                else:
+                    self.sides[side].pop(Decimal(px), None)
+        self.last = event["u"]
+
+    def top(self, count):
+        bids = sorted(self.sides["b"].items(), reverse=True)[:count]
+        return bids, sorted(self.sides["a"].items())[:count]
+
+
+def levels(rows):
+    return [(Decimal(px), Decimal(size)) for px, size in rows]
+
+
+def test_binance_diffs_with_a_rest_snapshot_give_the_books_of_the_other_streams():
+    async def scenario(server):
+        fast, slow, whole, touch = (f"btcusdt@{name}" for name in ("depth@100ms", "depth", "depth20@100ms", "bookTicker"))
+        async with connect(f"{server.binance_ws_url}?streams={fast}/{slow}/{whole}/{touch}") as ws:
+            messages = [json.loads(text) for text in await take(ws, 30)]
+            _, _, snapshot = await get(server.binance_rest_url + "/api/v3/depth?symbol=BTCUSDT&limit=5000")
+            messages += [json.loads(text) for text in await take_for(ws, 3.0)]
+        of = {name: [m["data"] for m in messages if m["stream"] == name] for name in (fast, slow, whole, touch)}
+        partial = {data["lastUpdateId"]: (levels(data["bids"]), levels(data["asks"])) for data in of[whole]}
+        ticker = {data["u"]: [(Decimal(data[p]), Decimal(data[q])) for p, q in ("bB", "aA")] for data in of[touch]}
+        for name, least in ((fast, 40), (slow, 3)):
+            book = SlowBook()
+            book.begin(snapshot)
+            compared = agreed = 0
+            previous = of[name][0]["U"] - 1
+            for event in of[name]:
+                assert previous + 1 == event["U"] <= event["u"]
+                previous = event["u"]
+                assert event["b"] == sorted(event["b"], key=lambda row: -Decimal(row[0]))
+                assert event["a"] == sorted(event["a"], key=lambda row: Decimal(row[0]))
+                book.apply(event)
+                if book.last == event["u"] in partial:
+                    assert book.top(20) == partial[book.last]
+                    compared += 1
+                if book.last in ticker:
+                    assert [*book.top(1)[0], *book.top(1)[1]] == ticker[book.last]
+                    agreed += 1
+            assert compared >= least
+            assert agreed or name == slow
+            assert len(book.sides["b"]) + len(book.sides["a"]) > 40  # what slid out of the window is still there
+
+    run(scenario)
+
+
+def test_binance_trades_count_on_and_tell_the_taker_side():
+    async def scenario(server):
+        url = server.binance_ws_url.replace("/stream", "/ws/btcusdt@trade")
+        async with connect(url) as ws:
+            trades = [json.loads(text) for text in await take(ws, 12, 10.0)]
+        assert list(trades[0]) == ["e", "E", "s", "t", "p", "q", "T", "m", "M"]
+        assert [t["t"] for t in trades] == list(range(trades[0]["t"], trades[0]["t"] + 12))
+        assert {t["s"] for t in trades} == {"BTCUSDT"}
+        assert all(Decimal(t["q"]) > 0 for t in trades)
+        assert {t["m"] for t in trades} == {True, False}
+        assert abs(trades[0]["E"] - time.time() * 1e3) < 30_000
+
+    run(scenario, speed=20.0)
+
+
+@pytest.mark.parametrize("form", ["DEFAULT", "SIMPLE"])
+def test_upbit_tells_the_last_trade_and_then_every_new_one(form):
+    async def scenario(server):
+        names = ("code", "stream_type", "sequential_id", "ask_bid") if form == "DEFAULT" else ("cd", "st", "sid", "ab")
+        request = [{"ticket": "t"}, {"type": "trade", "codes": ["KRW-BTC", "KRW-ETH", "KRW-NOPE"]}, {"format": form}]
+        async with connect(server.upbit_ws_url) as ws:
+            await ws.send(json.dumps(request))
+            first = [[json.loads(text)[name] for name in names] for text in await take(ws, 20, 10.0)]
+        async with connect(server.upbit_ws_url) as ws:
+            await ws.send(json.dumps(request))
+            (again,) = [[m[name] for name in names] for m in map(json.loads, await take(ws, 2)) if m[names[0]] == "KRW-BTC"]
+        assert {(row[0], row[1]) for row in first[:2]} == {("KRW-BTC", "SNAPSHOT"), ("KRW-ETH", "SNAPSHOT")}
+        assert {row[1] for row in first[2:]} == {"REALTIME"}
+        assert {row[3] for row in first} == {"ASK", "BID"}
+        ids = [row[2] for row in first if row[0] == "KRW-BTC"]
+        assert ids == sorted(set(ids))
+        assert all(10**16 <= number < 10**17 for number in ids)
+        assert again[1] == "SNAPSHOT"
+        assert again[2] >= ids[-1]  # the last trade once more, or a newer one
+
+    run(scenario, speed=20.0)
+
+
+def test_binance_announces_a_shutdown_and_ends_a_connection_that_is_too_old():
+    async def scenario(server):
+        started = time.monotonic()
+        raw = server.binance_ws_url.replace("/stream", "/ws")
+        async with connect(server.binance_ws_url) as one, connect(raw) as two:
+            assert server.announce_shutdown() == 2
+            wrapped, plain = json.loads((await take(one, 1))[0]), json.loads((await take(two, 1))[0])
+            assert wrapped["stream"] == "!serverShutdown"
+            assert wrapped["data"]["e"] == plain["e"] == "serverShutdown"
+            assert [await closing(one), await closing(two)] == [([], 1008), ([], 1008)]
+            assert time.monotonic() - started > 0.9
+
+    run(scenario, binance_lifetime_s=1.0, binance_ping_s=0.3)
+
+
+def test_rest_beyond_the_limits_is_refused_until_the_window_is_over():
+    async def scenario(server):
+        base = server.binance_rest_url + "/api/v3"
+        costs = [(await get(f"{base}/{path}"))[1]["X-MBX-USED-WEIGHT-1M"] for path in ("ping", "time")]
+        assert costs == ["1", "2"]
+        used = 2
+        for limit, weight in ((100, 5), (500, 25), (1_000, 50), (5_000, 250)):
+            used += weight
+            _, headers, _ = await get(f"{base}/depth?symbol=BTCUSDT&limit={limit}")
+            assert headers["X-MBX-USED-WEIGHT-1M"] == str(used)
+        status, headers, error = await get(f"{base}/exchangeInfo")
+        assert (status, error["code"]) == (429, -1003)
+        assert 0 < int(headers["Retry-After"]) <= 60
+
+        upbit = server.upbit_rest_url + "/v1/market/all"
+        replies = [await get(upbit) for _ in range(8)]
+        refused = [error["error"]["name"] for status, _, error in replies if status == 429]
+        assert refused
+        assert set(refused) == {"too_many_requests"}
+        assert "group=market; min=600; sec=0" in {headers["Remaining-Req"] for _, headers, _ in replies}
+        await asyncio.sleep(1.1)
+        assert (await get(upbit))[0] == 200
+
+    run(scenario, binance_weight_per_min=340, upbit_rest_per_s=2)
 
 
 def test_binance_rest():

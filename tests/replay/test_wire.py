@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from collections import Counter
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,7 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arbl2.errors import ConfigError
-from arbl2_replay.wire import Book, binance_combined, binance_depth, upbit_orderbook, upbit_rest_orderbook
+from arbl2_replay.wire import (
+    Book,
+    DepthChange,
+    UpbitTrade,
+    binance_book_ticker,
+    binance_combined,
+    binance_depth,
+    binance_diff,
+    binance_trade,
+    upbit_orderbook,
+    upbit_rest_orderbook,
+    upbit_trade,
+)
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 E8 = 10**8
@@ -184,3 +197,46 @@ def test_real_upbit_frames_are_reproduced_number_for_number():
         assert ours == message
         assert list(ours) == list(message)
     assert len(orderbooks) == 46
+
+
+def test_real_binance_changes_trades_and_tickers_are_reproduced_byte_for_byte():
+    lines = gzip.decompress(real("binance_spot_btcusdt_first30s.txt.gz").read_bytes()).splitlines()
+    seen = Counter()
+    for line in lines:
+        payload = line.partition(b" ")[2]
+        message = parse(payload)
+        data = message.get("data", {})
+        match message.get("stream", "").partition("@")[2]:
+            case "depth@100ms":
+                bids, asks = ([(e8(px), e8(size)) for px, size in data[side]] for side in "ba")
+                ours = binance_diff(data["s"], DepthChange(data["U"], data["u"], bids, asks), data["E"])
+            case "bookTicker":
+                ours = binance_book_ticker(data["s"], Book(*([e8(data[key])] for key in "bBaA")), data["u"])
+            case "trade":
+                ours = binance_trade(data["s"], data["t"], e8(data["p"]), e8(data["q"]), data["T"], taker_sells=data["m"])
+                ours = ours.replace(b'"E":%d' % data["T"], b'"E":%d' % data["E"], 1)  # the venue takes its time to tell
+            case _:
+                continue
+        assert binance_combined(message["stream"], ours) == payload
+        seen[message["stream"]] += 1
+    assert seen == {"btcusdt@depth@100ms": 299, "btcusdt@bookTicker": 2_432, "btcusdt@trade": 547}
+
+
+def test_real_upbit_trades_are_reproduced_number_for_number():
+    frames = [json.loads(line)["raw"] for line in real("upbit_frames_first10s.jsonl").read_text().splitlines()]
+    trades = [raw for raw in frames if raw.startswith('{"ty":"trade"')]
+    for raw in trades:
+        message = parse(raw)
+        sells = message["ab"] == "ASK"
+        trade = UpbitTrade(
+            *(message["ttms"], e8(message["tp"]), e8(message["tv"]), sells, message["sid"], e8(message["pcp"])),
+            Book((1,), (2,), (3,), (4,)),
+        )
+        text = upbit_trade(message["cd"], trade, simple=True, snapshot=message["st"] == "SNAPSHOT")
+        ours = parse(text)
+        assert [ours.pop(key) for key in ("bap", "bas", "bbp", "bbs")] == [Decimal(n).scaleb(-8) for n in (3, 4, 1, 2)]
+        ours["tms"] = message["tms"]  # the venue takes its time to tell
+        assert ours == message
+        assert list(ours) == list(message)  # the capture is older than the best prices
+        assert list(parse(upbit_trade("KRW-BTC", trade)))[:3] == ["type", "code", "timestamp"]
+    assert len(trades) == 76

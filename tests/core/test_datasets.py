@@ -1,0 +1,167 @@
+"""The list of recordings: what it says of sessions that are here, shipped, deleted here, in the making, or ill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from arbl2.cli import app
+from arbl2.datasets import BOTH, LOCAL, PARTLY, REMOTE, Dataset, dataset, datasets, verify
+from arbl2.errors import Arbl2Error, TapeError
+from arbl2.frames import FrameKind
+from arbl2.tape import LEDGER, MANIFEST, SEGMENTS, SegmentWriter, ledger, load_manifest, save_manifest
+from arbl2_recorder.gaps import gap_rows, gaps_by_cause
+from arbl2_recorder.ship import ship_session
+from markets import ANCHOR, INSTRUMENTS, START_NS, Market, manifest
+
+pytest_plugins = ("object_store",)
+
+
+def market():
+    """Four rounds of three books."""
+    found = Market()
+    for ms in range(0, 800, 200):
+        found.premium(ms)
+    return found
+
+
+@pytest.fixture
+def root(tmp_path):
+    market().write(tmp_path / "tapes" / "plain", "plain")
+    return tmp_path / "tapes"
+
+
+def write_ledger(folder, number, rows):
+    (folder / LEDGER).mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / LEDGER / f"{number:06d}.parquet")
+
+
+def gap(cause, start, missed=None):
+    return {"cause": cause, "venue": "upbit", "conn": 1, "stream": "KRW-BTC", "start_mono_ns": start, "missed": missed}
+
+
+def test_a_session_is_told_from_its_manifest(root):
+    payloads = [frame.payload for frame in market().frames]
+    [found] = datasets(root)
+    assert found == Dataset(
+        session="plain",
+        place=str(root / "plain"),
+        state="sealed",
+        start_ns=START_NS,
+        end_ns=market().frames[-1].recv_ns,
+        instruments=INSTRUMENTS,
+        frames=12,
+        messages=12,
+        raw_bytes=sum(map(len, payloads)),
+        sealed_bytes=(root / "plain" / SEGMENTS / "000001.parquet").stat().st_size,
+        kept=LOCAL,
+    )
+    assert found.duration_s == (found.end_ns - START_NS) / 1e9
+    assert datasets(root.parent / "none") == []
+
+
+def test_gaps_and_drops_come_from_the_ledger(root):
+    write_ledger(root / "plain", 1, [gap("reconnect", 1), gap("dropped", 2, 40)])
+    write_ledger(root / "plain", 2, [gap("dropped", 3, 2)])
+    found = dataset(root / "plain")
+    assert (found.gaps, found.dropped) == (3, 42)
+    assert gaps_by_cause(root / "plain") == {"dropped": 2, "reconnect": 1}
+    assert [(row["cause"], row["start_mono_ns"]) for row in gap_rows(root / "plain", 2)] == [("dropped", 2), ("dropped", 3)]
+    assert ledger(root / "plain", ("missed", "unknown")).to_pydict() == {"missed": [None, 40, 2]}
+
+
+def test_a_ledger_that_is_none_is_refused(root):
+    write_ledger(root / "plain", 1, [{"colour": "red"}])
+    assert "lacks columns" in dataset(root / "plain").problem
+    with pytest.raises(TapeError, match="does not have the columns"):
+        gaps_by_cause(root / "plain")
+    (root / "plain" / LEDGER / "000001.parquet").write_bytes(b"PAR1")
+    assert "cannot be read" in dataset(root / "plain").problem
+    with pytest.raises(TapeError, match="cannot be read"):
+        verify(root / "plain")
+
+
+def test_what_cannot_be_read_is_listed_with_its_problem(root):
+    market().write(root / "ill", "ill")
+    (root / "ill" / MANIFEST).write_text("{")
+    found = {item.session: item for item in datasets(root)}
+    assert "cannot be read" in found["ill"].problem
+    assert found["plain"].problem == ""
+
+
+def test_a_session_in_the_making_holds_nothing_yet(tmp_path):
+    (tmp_path / "new").mkdir()
+    save_manifest(tmp_path / "new", manifest("new", state="recording"))
+    found = dataset(tmp_path / "new")
+    assert (found.state, found.frames, found.end_ns, found.duration_s, found.raw_bytes) == ("recording", 0, None, None, None)
+
+
+def test_where_it_is_kept(store, root):
+    folder, url = root / "plain", store.url("kept")
+    report = ship_session(folder, url)
+    assert (dataset(folder).kept, dataset(folder).copy) == (BOTH, report.url)
+    writer = SegmentWriter(folder, 2, "plain", ANCHOR)
+    later = Market()
+    later.frames = market().frames
+    writer.append(later.add(900, "upbit", FrameKind.MESSAGE, b"later").frames[-1])
+    sealed = [*load_manifest(folder).segments, writer.seal()]
+    save_manifest(folder, manifest("plain", segments=sealed))
+    assert dataset(folder).kept == PARTLY
+    ship_session(folder, url, delete_local=True)
+    here, there = dataset(folder), datasets(url)[0]
+    assert (here.kept, there.kept, there.place) == (REMOTE, REMOTE, report.url)
+    assert (there.frames, there.sealed_bytes, there.start_ns) == (here.frames, here.sealed_bytes, here.start_ns)
+    verify(report.url)
+
+
+# ---------------------------------------------------------------------------------------------------------------- command line
+
+
+def arbl2(*arguments):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "220"})
+
+
+def test_the_commands(store, root, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    write_ledger(root / "plain", 1, [gap("reconnect", 1)])
+    url = store.url("commands")
+    for step, expected in (
+        (("datasets",), "plain"),
+        (("datasets", "verify"), "whole"),
+        (("datasets", "ship", url, "--delete-local"), "whole"),
+        (("datasets", "list", "--tapes", url), "remote"),
+        (("datasets", "verify", "plain"), "whole"),
+        (("datasets", "--tapes", url, "gaps"), "reconnect"),
+        (("datasets", "prune", "--keep-days", "1"), "nothing to delete"),
+    ):
+        done = arbl2(*step)
+        assert (done.exception, done.stderr) == (None, ""), step
+        assert expected in done.stdout
+    [listed] = json.loads(arbl2("datasets", "--json").stdout)
+    assert (listed["kept"], listed["gaps"], listed["messages"]) == (REMOTE, 1, 12)
+    assert json.loads(arbl2("replay", store.url("commands/plain"), "--json").stdout)["frames"] == 12
+    refused = arbl2("replay", "tapes/plain").exception
+    assert isinstance(refused, TapeError)
+    assert listed["copy"] in str(refused)
+
+
+def test_what_fails_has_an_exit_code(store, root, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    shutil.copytree(root / "plain", root / "bent")
+    path = root / "bent" / SEGMENTS / "000001.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    for step, code in (
+        (("datasets", "verify"), 3),
+        (("datasets", "verify", "nothing"), 3),
+        (("datasets", "ship", store.url("x", bucket="none"), "plain"), 5),
+        (("datasets", "ship", "foo://x", "plain"), 2),
+        (("datasets", "prune", "--keep-days", "0"), 2),
+    ):
+        error = arbl2(*step).exception
+        assert isinstance(error, Arbl2Error), step
+        assert error.exit_code == code, step
