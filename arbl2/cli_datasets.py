@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -181,7 +181,7 @@ def gaps(
         cli._show(f"{folder}: nothing in the gap ledger")
         return
     cli._show(_table(f"{folder}: gaps by cause", ("cause", "gaps"), [(name, f"{n:,}") for name, n in counts.items()]))
-    cli._show(_table("", tuple(rows[0]), [tuple("" if value is None else str(value) for value in row.values()) for row in rows]))
+    cli._show(gap_table(str(folder), rows))
 
 
 def _root(context: typer.Context, tapes: str | None) -> str:
@@ -203,38 +203,39 @@ def _sessions(names: Sequence[str] | None, root: str) -> list[str]:
 
 def dataset_table(found: Sequence[Dataset], root: str) -> Table:
     """Sessions as a table for a terminal."""
-    head = (
-        "session",
-        "state",
-        "span (UTC)",
-        "duration",
-        "instruments",
-        "frames",
-        "messages",
-        "gaps",
-        "dropped",
-        "raw",
-        "sealed",
-        "kept",
-    )
+    head = ("session", "state", "start (UTC)", "lasted", "venues", "frames", "gaps", "raw", "sealed", "kept")
     rows = []
     for item in found:
         if item.problem:
             rows.append((item.session, item.problem, *[""] * (len(head) - 2)))
             continue
-        span = f"{_utc(item.start_ns)}\n{_utc(item.end_ns)}"
-        instruments = "\n".join(f"{venue} {len(names)}" for venue, names in item.instruments.items())
-        counts = [_count(number) for number in (item.frames, item.messages, item.gaps, item.dropped)]
+        venues = "\n".join(f"{venue} {len(names)}" for venue, names in item.instruments.items())
+        gaps = _count(item.gaps) + (f"\n{item.dropped:,} dropped" if item.dropped else "")
         sizes = (_mib(item.raw_bytes), _mib(item.sealed_bytes))
-        rows.append((item.session, item.state, span, _duration(item.duration_s), instruments, *counts, *sizes, item.kept))
+        when = (_utc(item.start_ns), _duration(item.duration_s))
+        rows.append((item.session, item.state, *when, venues, _count(item.frames), gaps, *sizes, item.kept))
     return _table(f"Recordings below {root}", head, rows)
+
+
+def gap_table(session: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Rows of a ledger as a table for a terminal: the columns that people ask for first; ``--json`` has all."""
+    head = ("from (UTC)", "lasted", "cause", "stream", "missed", "healed by", "detail")
+    shown = []
+    for row in rows:
+        at = datetime.fromtimestamp(row["start_recv_ns"] / 1e9, UTC)
+        end = row["end_mono_ns"]
+        lasted = "open" if end is None else f"{(end - row['start_mono_ns']) / 1e9:,.3f} s"
+        where = row["stream"] or row["venue"] + (f" connection {row['conn']}" if row["conn"] else "")
+        missed = "" if row["missed"] is None else f"{row['missed']:,}"
+        shown.append((f"{at:%m-%d %H:%M:%S}", lasted, row["cause"], where, missed, row["healed_by"], row["detail"]))
+    return _table(f"{session}: rows of the gap ledger", head, shown)
 
 
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title) if title else None, title_justify="left")
+    table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
     for name in head:
         table.add_column(name, overflow="fold")
     for row in rows:

@@ -12,20 +12,38 @@ completeness is: a late message of one leg fills the hole that another left.
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-from msgspec import Meta, Raw, Struct, field
+from msgspec import Struct
 
 from arbl2.frames import BINANCE, UPBIT, VENUES, Flag, FrameKind
 from arbl2_recorder.ledger import At, Cause, Gap, Heal
+from arbl2_recorder.shapes import (
+    BINANCE_SHAPES,
+    BROKEN,
+    MOST_NS,
+    STREAM,
+    UPBIT_SHAPES,
+    bare_name,
+    best_price,
+    binance_kind,
+    depth_symbol,
+    other_spelling,
+    read_alarm,
+    read_closed,
+    read_request,
+    read_snapshot,
+    read_wrapper,
+    wrong_total,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from arbl2.frames import FrameBlock
+    from arbl2_recorder.shapes import Alarm, Book, Closed, Diff, Partial, ShortBook, Ticker, Trade
 
 _S = 1_000_000_000
 _TICK_NS = _S
@@ -56,14 +74,9 @@ MOST_STREAMS = 5_000
 MOST_HOLES = 256
 MOST_NAME = 100
 _MOST_TEXT = 200
-_MOST_NS = 2**61
 _RECENT_TRADES = 64
 _PART = 1_024
 _MESSAGE, _LATE = int(FrameKind.MESSAGE), int(Flag.LATE)
-_BROKEN = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-
-_Id = Annotated[int, Meta(ge=0, le=2**62)]
-_Stamp = Annotated[int, Meta(ge=0, le=_MOST_NS)]
 
 
 class _Stream(Struct):
@@ -146,174 +159,7 @@ class _State(Struct):
     counts: dict[str, int] = {}
 
 
-_state = msgspec.json.Decoder(_State)
-
-
-# --------------------------------------------------------------------------------------------- what is read of a message
-
-
-class _Diff(Struct, gc=False):
-    first: _Id = field(name="U")
-    last: _Id = field(name="u")
-    time: _Id | None = field(name="E", default=None)
-
-
-class _Partial(Struct, gc=False):
-    last_id: _Id = field(name="lastUpdateId")
-    bids: Raw
-    asks: Raw
-
-
-class _Ticker(Struct, gc=False):
-    last_id: _Id = field(name="u")
-    bid: str = field(name="b")
-    ask: str = field(name="a")
-
-
-class _Trade(Struct, gc=False):
-    number: _Id = field(name="t")
-
-
-class _WrappedDiff(Struct, gc=False):
-    data: _Diff
-
-
-class _WrappedPartial(Struct, gc=False):
-    data: _Partial
-
-
-class _WrappedTicker(Struct, gc=False):
-    data: _Ticker
-
-
-class _WrappedTrade(Struct, gc=False):
-    data: _Trade
-
-
-class _Wrapper(Struct, gc=False):
-    stream: str | None = None
-    data: Raw = Raw()
-    event: str = field(name="e", default="")
-    symbol: str = field(name="s", default="")
-    size: Raw = field(name="B", default=Raw())
-
-
-class _Snapshot(Struct, gc=False):
-    last_id: _Id = field(name="lastUpdateId")
-
-
-class _Unit(Struct, gc=False):
-    ask: float = field(name="ask_price")
-    bid: float = field(name="bid_price")
-    ask_size: float
-    bid_size: float
-
-
-class _ShortUnit(Struct, gc=False):
-    ask: float = field(name="ap")
-    bid: float = field(name="bp")
-    ask_size: float = field(name="as")
-    bid_size: float = field(name="bs")
-
-
-class _Book(Struct, gc=False):
-    code: str
-    time: _Id = field(name="timestamp")
-    units: list[_Unit] = field(name="orderbook_units")
-    asks: float | None = field(name="total_ask_size", default=None)
-    bids: float | None = field(name="total_bid_size", default=None)
-    stream: str = field(name="stream_type", default="")
-
-
-class _ShortBook(Struct, gc=False):
-    code: str = field(name="cd")
-    time: _Id = field(name="tms")
-    units: list[_ShortUnit] = field(name="obu")
-    asks: float | None = field(name="tas", default=None)
-    bids: float | None = field(name="tbs", default=None)
-    stream: str = field(name="st", default="")
-
-
-class _UpbitTrade(Struct, gc=False):
-    code: str
-    number: _Id = field(name="sequential_id")
-    stream: str = field(name="stream_type", default="")
-
-
-class _ShortTrade(Struct, gc=False):
-    code: str = field(name="cd")
-    number: _Id = field(name="sid")
-    stream: str = field(name="st", default="")
-
-
-class _UpbitHead(Struct, gc=False):
-    type: str = ""
-    ty: str = ""
-
-
-class _Alarm(Struct):
-    alarm: str
-    stream: str = ""
-    url: str = ""
-    said: str = ""
-    silent_s: float = 0.0
-    frames: _Id = 0
-    from_recv_ns: _Stamp = 0
-    to_recv_ns: _Stamp = 0
-
-
-class _Closed(Struct):
-    code: int | None = None
-    reason: str | None = ""
-    clean: bool | None = None
-    covered: bool = False
-
-
-class _Request(Struct):
-    url: str = ""
-
-
-def _decoder(shape: type) -> Callable[[bytes], Any]:
-    return msgspec.json.Decoder(shape).decode
-
-
-_wrapper, _snapshot = _decoder(_Wrapper), _decoder(_Snapshot)
-_upbit_head, _alarm, _closed, _request = _decoder(_UpbitHead), _decoder(_Alarm), _decoder(_Closed), _decoder(_Request)
-_BINANCE_SHAPES = {
-    "diff": (_decoder(_WrappedDiff), _decoder(_Diff)),
-    "partial": (_decoder(_WrappedPartial), _decoder(_Partial)),
-    "ticker": (_decoder(_WrappedTicker), _decoder(_Ticker)),
-    "trade": (_decoder(_WrappedTrade), _decoder(_Trade)),
-}
-_UPBIT_SHAPES = {
-    b'{"type":"orderbook"': ("book", _decoder(_Book)),
-    b'{"ty":"orderbook"': ("book", _decoder(_ShortBook)),
-    b'{"type":"trade"': ("trade", _decoder(_UpbitTrade)),
-    b'{"ty":"trade"': ("trade", _decoder(_ShortTrade)),
-}
-_STREAM = b'{"stream":"'
-_BEST = re.compile(rb'\[\s*\[\s*"([0-9]{1,20}(?:\.[0-9]{1,20})?)"')
-_DEPTH_SYMBOL = re.compile(r"/api/v3/depth\?(?:.*&)?symbol=([A-Z0-9]{1,40})(?:&|$)")
-
-
-def _binance_kind(stream: str) -> str:
-    rest = stream.partition("@")[2]
-    name = rest.partition("@")[0]
-    if name == "depth":
-        return "diff"
-    if name.startswith("depth"):
-        return "partial"
-    return {"bookTicker": "ticker", "trade": "trade"}.get(rest, "other")
-
-
-def _best(levels: Raw) -> float | None:
-    """The best price of a side; None if the side is empty. Raises ValueError for anything else."""
-    found = _BEST.match(levels)
-    if found is not None:
-        return float(found[1])
-    if bytes(levels).strip() == b"[]":
-        return None
-    raise ValueError("levels that are none")
+_read_state = msgspec.json.Decoder(_State).decode
 
 
 def _short(text: str) -> str:
@@ -332,7 +178,7 @@ class Inspector:
     """
 
     def __init__(self, state: bytes = b"", *, after_seq: int = 0) -> None:
-        self._state = _state.decode(state) if state else _State(at=(after_seq, 0, 0))
+        self._state = _read_state(state) if state else _State(at=(after_seq, 0, 0))
         self._at = self._state.at
         self._done: list[Gap] = []
         self._routes: dict[bytes, tuple[Callable[[bytes], Any], Callable[[_Stream, int, Any], None], _Stream]] = {}
@@ -372,7 +218,7 @@ class Inspector:
     def wanted(self) -> tuple[str, ...]:
         """Binance symbols (``BTCUSDT``) that need a book from the REST side, and no request for it is on its way."""
         venue = self._state.venues.get(VENUES[BINANCE])
-        asked = _depth_symbol(venue.asked) if venue is not None else ""
+        asked = depth_symbol(venue.asked) if venue is not None else ""
         streams = (stream for stream in self._state.streams.values() if stream.wants and not stream.anchored)
         return tuple(sorted({name for stream in streams if (name := _symbol(stream)) != asked}))
 
@@ -397,7 +243,7 @@ class Inspector:
         data = block.data[low:high].tobytes()
         offsets = (block.offsets - low).tolist()
         # Stamps of a foreign tape may be anything: what is added to them here has to fit into 64 bits.
-        stamps = (np.clip(block.recv_ns, -_MOST_NS, _MOST_NS), np.clip(block.mono_ns, -_MOST_NS, _MOST_NS))
+        stamps = (np.clip(block.recv_ns, -MOST_NS, MOST_NS), np.clip(block.mono_ns, -MOST_NS, MOST_NS))
         columns = (block.seq, *stamps, block.time_ns, block.venue, block.conn, block.kind, block.flags)
         rows = zip(*(column.tolist() for column in columns), strict=True)
         for i, (seq, recv_ns, mono_ns, time_ns, venue, conn, kind, flags) in enumerate(rows):
@@ -427,7 +273,7 @@ class Inspector:
                     self._binance(conn, payload)
                 elif venue == UPBIT:
                     self._upbit(conn, payload)
-            except (*_BROKEN, ValueError) as error:
+            except (*BROKEN, ValueError) as error:
                 self._spoil(VENUES[venue], conn, payload, error)
             else:
                 if conn in self._state.undecodable:
@@ -488,7 +334,7 @@ class Inspector:
         """About once a second of the tape: what is due by time."""
         state, now_ns = self._state, self._at[2]
         if before_ns and now_ns - before_ns > BLIND_NS:
-            state.blind_ns = min(state.blind_ns + now_ns - before_ns, _MOST_NS)
+            state.blind_ns = min(state.blind_ns + now_ns - before_ns, MOST_NS)
         state.due_ns = now_ns + _TICK_NS
         witnessed_ns = now_ns - state.blind_ns
         for stream in state.streams.values():
@@ -586,40 +432,40 @@ class Inspector:
         return stream
 
     def _binance(self, conn: int, payload: bytes) -> None:
-        if payload.startswith(_STREAM):
-            end = payload.find(b'"', len(_STREAM))
-            route = self._routes.get(payload[len(_STREAM) : end])
+        if payload.startswith(STREAM):
+            end = payload.find(b'"', len(STREAM))
+            route = self._routes.get(payload[len(STREAM) : end])
             if route is not None:
                 decode, judge, stream = route
                 judge(stream, conn, decode(payload).data)
                 return
-        message = _wrapper(payload)
+        message = read_wrapper(payload)
         if message.stream is not None:
             name, body = message.stream, message.data
         else:
-            name, body = _bare_name(message), payload
-        kind = _binance_kind(name)
+            name, body = bare_name(message), payload
+        kind = binance_kind(name)
         if kind == "other":
             # Acks, notices and what is not watched; an ack of a raw connection has no name at all.
             return
-        decode_whole, decode = _BINANCE_SHAPES[kind]
+        decode_whole, decode = BINANCE_SHAPES[kind]
         data = decode(body)
         found = self._stream(VENUES[BINANCE], name)
         if found is None:
             return
         found.snapshots = kind == "diff"
         judge = self._judges[kind]
-        if message.stream is not None and payload.startswith(_STREAM):
-            self._routes[payload[len(_STREAM) : payload.find(b'"', len(_STREAM))]] = decode_whole, judge, found
+        if message.stream is not None and payload.startswith(STREAM):
+            self._routes[payload[len(STREAM) : payload.find(b'"', len(STREAM))]] = decode_whole, judge, found
         judge(found, conn, data)
 
-    def _partial(self, stream: _Stream, conn: int, data: _Partial) -> None:
-        bid, ask = _best(data.bids), _best(data.asks)
+    def _partial(self, stream: _Stream, conn: int, data: Partial) -> None:
+        bid, ask = best_price(data.bids), best_price(data.asks)
         self._heard(stream, conn)
         self._never_back(stream, conn, data.last_id)
         self._touch(stream, conn, bid, ask)
 
-    def _ticker(self, stream: _Stream, conn: int, data: _Ticker) -> None:
+    def _ticker(self, stream: _Stream, conn: int, data: Ticker) -> None:
         bid, ask = float(data.bid), float(data.ask)
         self._heard(stream, conn)
         self._never_back(stream, conn, data.last_id)
@@ -639,8 +485,8 @@ class Inspector:
             self._episode(stream, conn, Cause.CROSSED, "")
 
     def _upbit(self, conn: int, payload: bytes) -> None:
-        shape = next((shape for front, shape in _UPBIT_SHAPES.items() if payload.startswith(front)), None)
-        shape = shape or _other_spelling(payload)
+        shape = next((shape for front, shape in UPBIT_SHAPES.items() if payload.startswith(front)), None)
+        shape = shape or other_spelling(payload)
         if shape is None:
             return
         kind, decode = shape
@@ -654,13 +500,13 @@ class Inspector:
         elif data.stream != "SNAPSHOT":
             self._upbit_trade(stream, conn, data.number)
 
-    def _book(self, stream: _Stream, conn: int, book: _Book | _ShortBook) -> None:
+    def _book(self, stream: _Stream, conn: int, book: Book | ShortBook) -> None:
         units = book.units
         if units:
             best = units[0]
             self._touch(stream, conn, best.bid or None, best.ask or None)
-        wrong = _wrong_total("ask", book.asks, [unit.ask_size for unit in units])
-        wrong = wrong or _wrong_total("bid", book.bids, [unit.bid_size for unit in units])
+        wrong = wrong_total("ask", book.asks, [unit.ask_size for unit in units])
+        wrong = wrong or wrong_total("bid", book.bids, [unit.bid_size for unit in units])
         if wrong or stream.open:
             self._episode(stream, conn, Cause.WRONG_TOTAL, wrong)
         totals = (book.asks, book.bids)
@@ -682,7 +528,7 @@ class Inspector:
 
     # ---- chains of ids
 
-    def _diff(self, stream: _Stream, conn: int, data: _Diff) -> None:
+    def _diff(self, stream: _Stream, conn: int, data: Diff) -> None:
         if data.last < data.first:
             raise ValueError(f"a diff from {data.first} to {data.last}")
         self._heard(stream, conn)
@@ -690,7 +536,7 @@ class Inspector:
             # Microseconds, if they were asked for.
             self._exchange_time(stream, conn, data.time if data.time < 10**14 else data.time // 1000)
 
-    def _trade(self, stream: _Stream, conn: int, data: _Trade) -> None:
+    def _trade(self, stream: _Stream, conn: int, data: Trade) -> None:
         self._heard(stream, conn)
         self._chain(stream, conn, data.number, data.number)
 
@@ -735,7 +581,8 @@ class Inspector:
         stream.holes.append(_Hole(gap, self._at))
         stream.wants = stream.snapshots
         if len(stream.holes) > MOST_HOLES:
-            self._emit(stream.holes.pop(0).gap)
+            oldest = stream.holes.pop(0)
+            self._emit(oldest.gap if stream.snapshots else oldest.gap.healed(oldest.seen, Heal.NEXT_MESSAGE))
 
     def _fill(self, stream: _Stream, first: int, last: int) -> None:
         """What one leg missed has come from another."""
@@ -792,16 +639,16 @@ class Inspector:
                 case FrameKind.OPENED:
                     self._opened(venue, conn)
                 case FrameKind.CLOSED:
-                    self._ended(venue, conn, _closed(payload))
+                    self._ended(venue, conn, read_closed(payload))
                 case FrameKind.REQUEST:
-                    self._venue(venue).asked = _request(payload).url[:4096]
+                    self._venue(venue).asked = read_request(payload).url[:4096]
                 case FrameKind.RESPONSE:
                     self._response(venue, payload)
                 case FrameKind.CLOCK:
                     self._clock()
                 case FrameKind.ALARM:
-                    self._alarm(venue, conn, _alarm(payload))
-        except (*_BROKEN, ValueError) as error:
+                    self._alarm(venue, conn, read_alarm(payload))
+        except (*BROKEN, ValueError) as error:
             # The bytes of a foreign capture's line that could not be read are kept as an alarm.
             detail = _short(f"{kind.name.lower()}, {len(payload):,} bytes: {error}")
             self._point(Cause.UNDECODABLE, venue, conn, missed=1, detail=detail)
@@ -825,7 +672,7 @@ class Inspector:
         for lost in [lost for lost in state.lost if lost.gap.venue == venue and not lost.streams]:
             self._come_back(lost)
 
-    def _ended(self, venue: str, conn: int, closed: _Closed) -> None:
+    def _ended(self, venue: str, conn: int, closed: Closed) -> None:
         state = self._state
         known = self._venue(venue)
         detail = _short(" ".join(filter(None, (f"code {closed.code}" if closed.code is not None else "", closed.reason))))
@@ -869,7 +716,7 @@ class Inspector:
         if known.rest is not None:
             self._emit(known.rest.healed(self._at, Heal.RESPONSE))
             known.rest = None
-        symbol = _depth_symbol(asked)
+        symbol = depth_symbol(asked)
         if venue != VENUES[BINANCE] or (asked and not symbol):
             return
         chains = [stream for stream in self._state.streams.values() if stream.snapshots and stream.venue == venue]
@@ -883,8 +730,8 @@ class Inspector:
             symbol = names.pop() if names else ""
         mine = [stream for stream in chains if _symbol(stream) == symbol]
         try:
-            book_id = _snapshot(body).last_id
-        except _BROKEN:
+            book_id = read_snapshot(body).last_id
+        except BROKEN:
             for stream in mine:
                 stream.wants = not stream.anchored
             raise
@@ -903,7 +750,7 @@ class Inspector:
             gap = self._gap(Cause.CLOCK_STEP, "", at=before, detail=f"the wall clock moved by {moved_ns / 1e6:+,.1f} ms")
             self._emit(gap.healed(self._at, Heal.NOTHING_LOST))
 
-    def _alarm(self, venue: str, conn: int, alarm: _Alarm) -> None:
+    def _alarm(self, venue: str, conn: int, alarm: Alarm) -> None:
         known = self._venue(venue)
         detail = _short(alarm.said or alarm.url)
         match alarm.alarm:
@@ -925,7 +772,7 @@ class Inspector:
                 before = known.rest or self._gap(Cause.REST_FAILED, venue, missed=0)
                 text = _short(f"{alarm.said}; {alarm.url}")
                 known.rest = msgspec.structs.replace(before, missed=(before.missed or 0) + 1, detail=text)
-                symbol = _depth_symbol(alarm.url)
+                symbol = depth_symbol(alarm.url)
                 for stream in self._state.streams.values():
                     stream.wants = stream.wants or (stream.snapshots and _symbol(stream) == symbol and not stream.anchored)
             case "no_ack" | "venue_error" | "venue_shutdown":
@@ -933,45 +780,15 @@ class Inspector:
             case _:
                 self._point(Cause.ALARM, venue, conn, alarm.stream[:MOST_NAME], detail=_short(f"{alarm.alarm}: {detail}"))
 
-    def _dropped(self, venue: str, conn: int, alarm: _Alarm) -> None:
+    def _dropped(self, venue: str, conn: int, alarm: Alarm) -> None:
         seq, recv_ns, mono_ns = self._at
         start, end = alarm.from_recv_ns or recv_ns, alarm.to_recv_ns or recv_ns
-        gap = self._gap(
-            Cause.DROPPED, venue, conn, at=(seq, start, mono_ns - min(recv_ns - start, _MOST_NS)), missed=alarm.frames
-        )
-        self._emit(gap.healed((seq, end, mono_ns - min(recv_ns - end, _MOST_NS)), Heal.NEXT_MESSAGE))
-
-
-def _other_spelling(payload: bytes) -> tuple[str, Callable[[bytes], Any]] | None:
-    """What a message is that does not begin as the venue writes data; None for status lines, errors and lists."""
-    if payload.lstrip()[:1] == b"[":
-        msgspec.json.decode(payload)
-        return None
-    head = _upbit_head(payload)
-    key, kind = ("type", head.type) if head.type else ("ty", head.ty)
-    return _UPBIT_SHAPES.get(f'{{"{key}":"{kind}"'.encode())
+        gap = self._gap(Cause.DROPPED, venue, conn, at=(seq, start, mono_ns - min(recv_ns - start, MOST_NS)), missed=alarm.frames)
+        self._emit(gap.healed((seq, end, mono_ns - min(recv_ns - end, MOST_NS)), Heal.NEXT_MESSAGE))
 
 
 def _symbol(stream: _Stream) -> str:
     return stream.name.partition("@")[0].upper()
-
-
-def _depth_symbol(url: str) -> str:
-    found = _DEPTH_SYMBOL.search(url)
-    return found[1] if found is not None else ""
-
-
-def _bare_name(message: _Wrapper) -> str:
-    """The stream of a message that came without the wrapper of the combined endpoint; a partial book does not say."""
-    kind = {"depthUpdate": "depth", "trade": "trade"}.get(message.event, "bookTicker" if bytes(message.size) else "")
-    return f"{message.symbol.lower()}@{kind}" if message.symbol and kind else ""
-
-
-def _wrong_total(side: str, total: float | None, sizes: list[float]) -> str:
-    """What is wrong with the total of a side, "" if nothing; both are printed with about 16 digits."""
-    if total is None or abs(sum(sizes) - total) <= 2e-8 + 1e-12 * abs(total):
-        return ""
-    return f"the {side} sizes add up to {sum(sizes):.8f}, said to be {total:.8f}"
 
 
 def _ids(gap: Gap) -> tuple[int, int]:

@@ -69,6 +69,8 @@ _BINANCE_ONLY = (WireFault.SHUTDOWN, WireFault.GAP)
 _SPOILING = (WireFault.DUPLICATE, WireFault.GAP, WireFault.CORRUPT, WireFault.TRUNCATE)
 _ACKS = (WireFault.WRONG_ACK, WireFault.MISSING_ACK)
 _PATIENCE_S = 30.0
+_SENDABLE = (*range(1000, 1004), *range(1007, 1015))
+"""Close codes that may be on the wire, besides those from 3000 on."""
 
 
 class FaultConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -101,7 +103,7 @@ class FaultConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 low, high = value
                 if not low <= high or (low <= 0 and name != "clock_step_ms"):
                     raise ConfigError(f"{name} is {value}; it needs a smaller and a larger number, both above zero. Change it.")
-        if not self.close_codes or any(not 1000 <= code < 5000 or code in (1004, 1005, 1006, 1015) for code in self.close_codes):
+        if not self.close_codes or any(code not in _SENDABLE and not 3000 <= code < 5000 for code in self.close_codes):
             raise ConfigError(f"close_codes {list(self.close_codes)} cannot all be sent. Use codes such as 1001, 1011, 1012.")
 
 

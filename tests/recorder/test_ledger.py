@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 import time
@@ -15,13 +16,17 @@ import pytest
 
 from arbl2.errors import StorageError, TapeError
 from arbl2.frames import VENUES, Flag, FrameBlock, FrameKind
-from arbl2.tape import LEDGER, LOG, SEGMENTS, Manifest, load_manifest, save_manifest, write_session
+from arbl2.tape import LEDGER, LOG, SEGMENTS, Manifest, TapeReader, load_manifest, save_manifest, write_session
+from arbl2_recorder import Endpoints, RecordConfig, arecord
+from arbl2_recorder.config import Stream
 from arbl2_recorder.integrity import Inspector
 from arbl2_recorder.ledger import END, Cause, Gap, Heal, LedgerWriter, read_state
 from arbl2_recorder.log import HEAD, encode_batch
 from arbl2_recorder.recovery import inspect_session, recover, write_ledger
 from arbl2_recorder.seal import LogTail, Sealer, Watch, seal_log
 from arbl2_recorder.writer import LogWriter, log_path
+from arbl2_replay.server import ExchangeServer, SyntheticSource
+from arbl2_replay.synth import SynthConfig
 from scripts import ANCHOR, MS, Script, chain
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "gap-ledger.md"
@@ -379,3 +384,37 @@ def test_a_ledger_of_a_stream_that_steps_in_time(tmp_path):
     [gap] = rows(tmp_path / NAME)
     assert gap.end_mono_ns - gap.start_mono_ns == 300 * MS
     assert gap.end_recv_ns - gap.start_recv_ns == -4_700 * MS
+
+
+JUDGED = {Cause.GAP, Cause.DUPLICATE, Cause.OVERLAP, Cause.REGRESSION, Cause.CROSSED, Cause.WRONG_TOTAL, Cause.UNDECODABLE}
+
+
+async def _record(out):
+    """Every stream of both venues over real sockets, with one Binance connection cut on the way."""
+    async with ExchangeServer(SyntheticSource(SynthConfig(seed=5, duration_s=3_600.0))) as server:
+        endpoints = Endpoints(
+            upbit_ws=server.upbit_ws_url,
+            upbit_rest=server.upbit_rest_url,
+            binance_ws=server.binance_ws_url,
+            binance_rest=server.binance_rest_url,
+        )
+        streams = tuple(stream.value for stream in Stream)
+        config = RecordConfig(out=out, duration_s=6.0, endpoints=endpoints, streams=streams, dial_interval_s=0.1)
+        recording = asyncio.create_task(arecord(config))
+        await asyncio.sleep(3.0)
+        await server.disconnect("binance", code=1006)
+        return await recording
+
+
+def test_a_recording_of_every_stream_with_one_outage(tmp_path):
+    """Nothing is flagged but the outage, and what the diff and trade streams said meanwhile."""
+    result = asyncio.run(_record(tmp_path))
+    found = rows(result.path)
+    assert found == inspect_session(result.path)
+    [outage] = [gap for gap in found if gap.cause is Cause.DISCONNECT]
+    assert (outage.venue, outage.healed_by) == ("binance", Heal.RECONNECT)
+    lost = [gap for gap in found if gap.cause in JUDGED]
+    assert {gap.cause for gap in lost} <= {Cause.GAP}
+    assert all(gap.start_seq < outage.end_seq and (gap.end_seq or 10**9) > outage.start_seq for gap in lost)
+    messages = [f.payload for f in TapeReader(result.path).frames() if f.venue == "binance" and f.kind is FrameKind.MESSAGE]
+    assert all(sum(name in payload for payload in messages) > 5 for name in (b"@depth@", b"@depth20@", b"@bookTicker"))

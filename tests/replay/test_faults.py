@@ -335,7 +335,9 @@ def test_faults_that_cannot_be_are_refused(text):
         fault_config([text])
 
 
-@pytest.mark.parametrize("keys", [{"stall_s": (3, 1)}, {"delay_s": (0, 1)}, {"close_codes": ()}, {"close_codes": (1006,)}])
+@pytest.mark.parametrize(
+    "keys", [{"stall_s": (3, 1)}, {"delay_s": (0, 1)}, {"close_codes": ()}, {"close_codes": (1006,)}, {"close_codes": (2000,)}]
+)
 def test_sizes_that_cannot_be_are_refused(keys):
     with pytest.raises(ConfigError, match=next(iter(keys))):
         FaultConfig(**keys)
