@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types fmt golden bench bench-record bench-calibrate kills cov docs build clean
+.PHONY: help setup demo test lint types fmt golden bench bench-record bench-calibrate kills stall frames size integrity soak cov docs build clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -54,6 +54,22 @@ bench-calibrate: setup ## sums of zones in DuckDB beside polars (2 minutes)
 
 kills: setup ## kill recorders at random moments and compare what is left with what was sent (3 minutes)
 	$(BIN)/python -m benchmarks.kills
+
+stall: setup ## stall the disk for 10 s at 5,000 messages a second: nothing is lost, no stamp moves
+	$(BIN)/python -m benchmarks.record --stall 10
+
+frames: setup ## a million frames of every kind: recorded bytes = sent bytes
+	$(BIN)/python -m benchmarks.record --frames 1000000
+
+size: setup ## sealed bytes a message beside gzip -6, on real captures
+	$(BIN)/python -m benchmarks.record --size
+
+integrity: setup ## no false entry in the gap ledger: an hour of synthetic market, and the real captures
+	$(BIN)/python -m benchmarks.integrity
+
+MINUTES ?= 30
+soak: setup ## MINUTES of random faults: sent = recorded, every fault in the ledger, memory flat
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 cov: export COVERAGE_FILE := .venv/.coverage
 cov: export NUMBA_DISABLE_JIT := 1

@@ -311,6 +311,7 @@ def _in_ledger(fault: FaultRecord, conn: int, rows: Sequence[dict[str, Any]]) ->
         row["cause"] in CAUSES[fault.kind]
         and row["venue"] == fault.venue
         and (not conn or row["conn"] in (0, conn))
+        and (fault.kind != "gap" or row["first_id"] <= fault.first_id <= fault.last_id <= row["last_id"])
         and row["start_mono_ns"] <= end
         and (row["end_mono_ns"] is None or row["end_mono_ns"] >= begin)
         for row in rows
@@ -393,6 +394,8 @@ def _judge_memory(memory: Memory) -> bool:
     if len(at_s) < 2:
         return verdict("RSS flat", True, "not judged: the first minute does not count")
     minutes = float(at_s[-1] - at_s[0]) / 60
+    last_of_minute = {int(at // 60): rss for at, rss in zip(memory.at_s, memory.rss_mb, strict=True)}
+    print("RSS at the end of each minute, MB: " + " ".join(f"{rss:.0f}" for rss in last_of_minute.values()))
     slope = float(np.polyfit(at_s / 3600, rss_mb, 1)[0])
     grown = slope * minutes / 60
     said = f"{slope:+.1f} MB/h over {minutes:.0f} min ({grown:+.1f} MB), {rss_mb.min():.0f} - {rss_mb.max():.0f} MB"

@@ -130,6 +130,7 @@ class _Venue(Struct):
     dialled_seq: int = 0
     usual_ms: int | None = None
     samples: list[int] = []
+    sampled_ns: int = 0
     dials: Gap | None = None
     rest: Gap | None = None
     books: dict[str, int] = {}
@@ -394,6 +395,10 @@ class Inspector:
                 self._episode(stream, conn, Cause.STALE_TIME, f"{abs(off_ms):,} ms {way} where it usually is")
             elif stream.open:
                 self._episode(stream, conn, Cause.STALE_TIME, "")
+        # A clock that is off for a few seconds must not become the usual one.
+        if venue.usual_ms is not None and self._at[2] - venue.sampled_ns < _S:
+            return
+        venue.sampled_ns = self._at[2]
         venue.samples.append(distance_ms)
         if len(venue.samples) >= _SAMPLES:
             venue.usual_ms, venue.samples = sorted(venue.samples)[_SAMPLES // 2], []

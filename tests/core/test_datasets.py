@@ -16,6 +16,7 @@ from arbl2.errors import Arbl2Error, TapeError
 from arbl2.frames import FrameKind
 from arbl2.tape import LEDGER, MANIFEST, SEGMENTS, SegmentWriter, ledger, load_manifest, save_manifest
 from arbl2_recorder.gaps import gap_rows, gaps_by_cause
+from arbl2_recorder.ledger import Cause, Gap, LedgerWriter
 from arbl2_recorder.ship import ship_session
 from markets import ANCHOR, INSTRUMENTS, START_NS, Market, manifest
 
@@ -128,7 +129,9 @@ def arbl2(*arguments):
 
 def test_the_commands(store, root, monkeypatch):
     monkeypatch.chdir(root.parent)
-    write_ledger(root / "plain", 1, [gap("reconnect", 1)])
+    writer = LedgerWriter(root / "plain", 1, "plain")
+    writer.append([Gap(cause=Cause.DISCONNECT, venue="upbit", conn=1, start_seq=1, start_recv_ns=1, start_mono_ns=1)])
+    writer.seal()
     url = store.url("commands")
     for step, expected in (
         (("datasets",), "plain"),
@@ -136,7 +139,7 @@ def test_the_commands(store, root, monkeypatch):
         (("datasets", "ship", url, "--delete-local"), "whole"),
         (("datasets", "list", "--tapes", url), "remote"),
         (("datasets", "verify", "plain"), "whole"),
-        (("datasets", "--tapes", url, "gaps"), "reconnect"),
+        (("datasets", "--tapes", url, "gaps"), "disconnect"),
         (("datasets", "prune", "--keep-days", "1"), "nothing to delete"),
     ):
         done = arbl2(*step)
