@@ -153,6 +153,7 @@ def record(
     upbit_units: Annotated[int, typer.Option(help="Levels a side on Upbit: 1, 5, 15 or 30.")] = 30,
     binance_depth: Annotated[int, typer.Option(help="Levels a side on Binance: 5, 10 or 20.")] = 20,
     legs: Annotated[int, typer.Option(help="2 = every stream over two connections, so that a drop of one loses nothing.")] = 1,
+    session_hours: Annotated[float, typer.Option(help="A new session folder starts this often, without a hole.")] = 24.0,
     segment_minutes: Annotated[float, typer.Option(help="A new Parquet file starts this often ...")] = 15.0,
     segment_mib: Annotated[int, typer.Option(help="... or when this much was logged.")] = 128,
     ship: Annotated[
@@ -182,6 +183,7 @@ def record(
         binance_depth=binance_depth,
         streams=_streams(streams),
         legs=legs,
+        session_s=session_hours * 3600,
         segment_seconds=round(segment_minutes * 60),
         segment_bytes=segment_mib * 2**20,
         ship=ship,

@@ -77,6 +77,8 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 """Segments of several years; a larger file is no manifest."""
 ZSTD_LEVEL = 9
 
+# Counters and stamps grow by little; what is left of a queueing delay is noise, whose high bytes alone can be packed.
+_ENCODINGS = {**dict.fromkeys(("seq", "recv_ns", "mono_ns", "conn"), "DELTA_BINARY_PACKED"), "queue_us": "BYTE_STREAM_SPLIT"}
 _DICT = pa.dictionary(pa.int8(), pa.string())
 SCHEMA = pa.schema(
     [
@@ -285,7 +287,7 @@ class SegmentWriter:
                 compression="zstd",
                 compression_level=zstd_level,
                 use_dictionary=["venue", "kind", "op", "flags"],
-                column_encoding=dict.fromkeys(("seq", "recv_ns", "mono_ns", "conn", "queue_us"), "DELTA_BINARY_PACKED"),
+                column_encoding=_ENCODINGS,
                 write_statistics=["seq", "recv_ns", "mono_ns", "venue", "conn", "kind"],
             )
         except OSError as error:

@@ -80,6 +80,7 @@ class RecordConfig:
 
     flush_ms: int = 250  # what a kill may cost at most
     fsync: bool = True  # also survive a power cut, not only a kill
+    session_s: float = 86_400.0  # a recording that lasts longer goes on in a new session, without a hole
     segment_seconds: int = 900  # segments end on multiples of this in UTC ...
     segment_bytes: int = 128 * MIB  # ... or when their log has grown to this
     queue_bytes: int = 96 * MIB  # frames waiting for the disk; beyond it messages are dropped, and the drop is declared

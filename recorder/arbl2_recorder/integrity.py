@@ -211,6 +211,11 @@ class Inspector:
             counts[gap.cause] = counts.get(gap.cause, 0) + 1
         return counts
 
+    def streams(self) -> list[tuple[str, str, int, int]]:
+        """Every stream that has spoken: venue, name, messages, monotonic ns of the last one."""
+        known = self._state.streams.values()
+        return [(one.venue, one.name, one.count, one.last[2] if one.last else 0) for one in known if one.count]
+
     def state(self) -> bytes:
         """Everything it remembers."""
         self._state.at = self._at

@@ -223,6 +223,11 @@ class Leg:
         life.task.add_done_callback(lambda _: self._retire(life))
         return life
 
+    def restate(self) -> None:
+        """A new session begins."""
+        for life in self._lives:
+            life.link.restate()
+
     def finish(self) -> None:
         """The recording is about to end."""
         for life in self._lives:

@@ -53,6 +53,7 @@ class Link:
         self._unacknowledged = feed.acknowledges
         self._watching = True
         self._subscribed_ns = 0
+        self._subscriptions: list[bytes] = []
         self._last_ns = 0
         self.alone = True
         self.leaving = asyncio.Event()
@@ -114,10 +115,19 @@ class Link:
             facts["covered"] = True
         self._frame(FrameKind.CLOSED, facts, recv_ns, mono_ns)
 
+    def restate(self) -> None:
+        """A new session begins: it must say itself which connection carries what."""
+        if self.is_open:
+            recv_ns, mono_ns = clock.stamp()
+            self._frame(FrameKind.OPENED, {"url": self._feed.url, "carried_over": True}, recv_ns, mono_ns)
+            for payload in self._subscriptions:
+                self._accept(self._venue, self.conn, FrameKind.SENT, Op.TEXT, payload, recv_ns, mono_ns)
+
     def sent(self, payload: bytes) -> None:
         """A subscription is about to leave; from now on answers are waited for."""
         recv_ns, mono_ns = clock.stamp()
         self._subscribed_ns = mono_ns
+        self._subscriptions.append(payload)
         self._accept(self._venue, self.conn, FrameKind.SENT, Op.TEXT, payload, recv_ns, mono_ns)
 
     def refused(self, reason: str) -> None:

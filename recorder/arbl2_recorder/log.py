@@ -76,7 +76,7 @@ class LogReader:
                 batch = self._batch(file.read(_HEADS_AT), size - at)
                 if batch:
                     file.seek(at)
-                    block = _decode(file.read(batch), self._anchor)
+                    block = decode_batch(file.read(batch), self._anchor)
                     if block is not None:
                         at += batch
                         yield block
@@ -106,7 +106,8 @@ class LogReader:
         return size
 
 
-def _decode(batch: bytes, anchor: Anchor) -> FrameBlock | None:
+def decode_batch(batch: bytes, anchor: Anchor) -> FrameBlock | None:
+    """The frames of one batch, None if it is damaged."""
     _, crc = _FRONT.unpack_from(batch)
     if zlib.crc32(memoryview(batch)[_FRONT.size :]) != crc:
         return None

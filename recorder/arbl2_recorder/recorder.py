@@ -13,27 +13,24 @@ import logging
 import signal
 import sys
 import threading
+from collections import Counter
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
-import msgspec
-
-from arbl2.errors import VenueError
-from arbl2.tape import LOG, save_manifest
+from arbl2.errors import StorageError, VenueError
 from arbl2_recorder import clock
-from arbl2_recorder.birth import create
 from arbl2_recorder.chores import Chores
 from arbl2_recorder.consumer import Consumer
+from arbl2_recorder.files import SessionFiles
 from arbl2_recorder.recovery import recover_locked
 from arbl2_recorder.retention import Retention
-from arbl2_recorder.seal import Sealer
 from arbl2_recorder.session import BEAT_S, Session
 from arbl2_recorder.ship import Shipper
-from arbl2_recorder.status import RecordResult, Status
+from arbl2_recorder.status import RecordResult, Status, StreamStatus
 from arbl2_recorder.storage import RootLock
 from arbl2_recorder.venue import Venue
 from arbl2_recorder.venues import feeds
-from arbl2_recorder.writer import LogWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,6 +95,17 @@ async def arecord(
         return await run.work(tuple(recovered))
 
 
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """What the result says of a session that is sealed."""
+
+    session: str
+    frames: int
+    sealed_bytes: int
+    counts: dict[str, int]
+    gaps: dict[str, int]
+
+
 class _Run:
     def __init__(
         self,
@@ -116,26 +124,49 @@ class _Run:
         self._error: Exception | None = None
         self._phase = "recording"
         self._feeds = feeds(config)
-        self._path, manifest = create(config, self._feeds)
-        self._started_ns = manifest.anchor_mono_ns
-        self._sealer = Sealer(self._path, manifest, self._fail, on_wanted=self._want_snapshots)
-        self._log = LogWriter(
-            self._path,
-            flush_ms=config.flush_ms,
-            fsync=config.fsync,
-            segment_seconds=config.segment_seconds,
-            segment_bytes=config.segment_bytes,
-            on_rotated=self._sealer.put,
-            on_error=self._fail,
-        )
+        self._files = self._new_files()
+        self._ended_sessions: list[_Ended] = []
+        self._closing: asyncio.Future[None] | None = None
+        self._started_ns = self._files.started_ns
         self._consumer = Consumer(on_frame, self._fail, limit_bytes=config.queue_bytes) if on_frame is not None else None
-        self._session = Session(self._log, queue_bytes=config.queue_bytes, consumer=self._consumer)
+        self._session = Session(self._files.log, queue_bytes=config.queue_bytes, consumer=self._consumer)
         self._venues = [Venue(list(part), self._session, config) for _, part in groupby(self._feeds, lambda feed: feed.name)]
         self._rated_ns = self._started_ns
         self._offset: ClockOffset | None = None
         self._latest: Status | None = None
+        self._told: dict[tuple[str, str], int] = {}
         self._chores = Chores(config.out, lambda: self._latest, _retention(config))
         self._shipper = Shipper(config.out, config.ship, delete_local=config.ship_delete) if config.ship else None
+
+    def _new_files(self) -> SessionFiles:
+        return SessionFiles(self._config, self._feeds, on_error=self._fail, on_wanted=self._want_snapshots)
+
+    async def _roll_over(self) -> None:
+        """Whole sessions can be kept, shipped and deleted: a recording of months is many of them, without a hole between."""
+        while True:
+            await asyncio.sleep(self._config.session_s)
+            files, ended = await asyncio.to_thread(self._new_files), self._files
+            self._files = files
+            self._session.go_on_in(files.log)
+            self._session.clock_sample(self._offset)
+            for venue in self._venues:
+                venue.restate()
+            self._closing = asyncio.ensure_future(
+                asyncio.to_thread(self._close, ended, self._notes(f"goes on in {files.path.name}"))
+            )
+            await asyncio.shield(self._closing)
+
+    def _close(self, files: SessionFiles, notes: list[str]) -> None:
+        files.close(notes)
+        if files.error is not None:
+            raise files.error
+        self._ended_sessions.append(
+            _Ended(files.manifest.session, files.manifest.rows, files.sealed_bytes, files.manifest.counts, files.sealer.gaps)
+        )
+
+    def _notes(self, end: str) -> list[str]:
+        alarms = sorted(self._session.take_alarms().items())
+        return [end, *(f"alarm {name}: {n}" for name, n in alarms)]
 
     async def _ask_time(self) -> None:
         while True:
@@ -167,6 +198,7 @@ class _Run:
         tasks = [asyncio.create_task(leg.run()) for venue in self._venues for leg in venue.legs]
         tasks += [asyncio.create_task(venue.desk.run()) for venue in self._venues]
         tasks += [asyncio.create_task(self._beat()), asyncio.create_task(self._ask_time())]
+        tasks.append(asyncio.create_task(self._roll_over()))
         for task in tasks:
             task.add_done_callback(self._task_done)
         try:
@@ -242,7 +274,8 @@ class _Run:
     def _nothing_came(self) -> VenueError:
         reasons = "; ".join(f"{venue.name} ({venue.url}): {venue.problem or 'no data'}" for venue in self._venues)
         return VenueError(
-            f"no venue delivered anything. {reasons}. Check the network and the endpoints; the attempts are in {self._path}."
+            f"no venue delivered anything. {reasons}. Check the network and the endpoints; "
+            f"the attempts are in {self._files.path}."
         )
 
     async def _drain(self) -> None:
@@ -252,48 +285,44 @@ class _Run:
         self._phase = "sealing"
         if self._consumer is not None:
             await asyncio.to_thread(self._consumer.close)
-        closing = asyncio.ensure_future(asyncio.to_thread(self._close_disk))
+        notes = self._notes(f"ended by {self._ended or 'cancellation'}")
+        if self._closing is not None:
+            await asyncio.wait([self._closing])
+        closing = asyncio.ensure_future(asyncio.to_thread(self._close, self._files, notes))
         while not closing.done():
             await asyncio.wait([closing], timeout=self._config.status_s)
             self._tell(clock.mono_ns())
-        await closing
-
-    def _close_disk(self) -> None:
-        self._log.close()
-        self._sealer.close()
-        if self._log.error is not None or self._sealer.error is not None:
-            return
-        manifest = self._sealer.manifest
-        notes = [
-            f"ended by {self._ended or 'cancellation'}",
-            *(f"alarm {name}: {n}" for name, n in sorted(self._session.alarms.items())),
-        ]
-        self._sealer.manifest = msgspec.structs.replace(manifest, state="sealed", notes=[*manifest.notes, *notes])
-        save_manifest(self._path, self._sealer.manifest)
-        (self._path / LOG).rmdir()
+        with contextlib.suppress(StorageError):  # the result raises it
+            await closing
 
     def _result(self, recovered: tuple[RecoveryReport, ...]) -> RecordResult:
-        error = self._log.error or self._sealer.error or self._error
+        error = self._files.error or self._error
         if error is not None:
             raise error
         if not any(venue.delivered for venue in self._venues):
             raise self._nothing_came()
-        manifest, session = self._sealer.manifest, self._session
+        ended, session, sealer = self._ended_sessions, self._session, self._files.sealer
+        counts: Counter[str] = Counter()
+        gaps: Counter[str] = Counter()
+        for each in ended:
+            counts.update(each.counts)
+            gaps.update(each.gaps)
         return RecordResult(
-            session=manifest.session,
-            path=self._path,
-            frames=manifest.rows,
+            session=self._files.manifest.session,
+            path=self._files.path,
+            sessions=tuple(each.session for each in ended),
+            frames=sum(each.frames for each in ended),
             payload_bytes=session.payload_bytes,
-            sealed_bytes=sum(segment.bytes for segment in manifest.segments),
+            sealed_bytes=sum(each.sealed_bytes for each in ended),
             messages={venue.name: venue.messages for venue in self._venues},
-            counts=manifest.counts,
+            counts=dict(sorted(counts.items())),
             alarms=dict(sorted(session.alarms.items())),
             silent=tuple(sorted(session.silent)),
             longest_silence_s={venue.name: venue.longest_silence_s(self._started_ns, self._ended_ns) for venue in self._venues},
             dropped=session.dropped,
-            queue=self._sealer.queue_us,
+            queue=sealer.queue_us,
             late_frames=session.late_frames,
-            gaps=dict(sorted(self._sealer.gaps.items())),
+            gaps=dict(sorted(gaps.items())),
             shipped_segments=self._shipper.files if self._shipper else 0,
             reconnects={venue.name: venue.reconnects for venue in self._venues},
             duration_s=(clock.mono_ns() - self._started_ns) / 1e9,
@@ -302,30 +331,40 @@ class _Run:
             recovered=recovered,
         )
 
+    def _streams(self, now_ns: int, span_s: float) -> tuple[StreamStatus, ...]:
+        told, self._told = self._told, {}
+        found = []
+        for venue, name, messages, last_ns in self._files.sealer.streams:
+            self._told[venue, name] = messages
+            more = max(0, messages - told.get((venue, name), messages))
+            found.append(StreamStatus(venue, name, messages, more / span_s, (now_ns - last_ns) / 1e9))
+        return tuple(found)
+
     def _tell(self, now_ns: int) -> None:
         span_s = max((now_ns - self._rated_ns) / 1e9, 1e-9)
         venues = tuple(venue.status(now_ns, span_s) for venue in self._venues)
         self._rated_ns = now_ns
-        segments, session = self._sealer.manifest.segments, self._session
+        files, sealer, session = self._files, self._files.sealer, self._session
         self._latest = Status(
-            session=self._path.name,
+            session=files.path.name,
             phase=self._phase,
             elapsed_s=(now_ns - self._started_ns) / 1e9,
             venues=venues,
             frames=session.seq,
-            queued_bytes=self._log.queued_bytes,
-            logged_bytes=self._log.logged_bytes,
-            sealed_bytes=sum(segment.bytes for segment in segments),
-            segments=len(segments),
-            waiting_logs=self._sealer.waiting,
+            queued_bytes=files.log.queued_bytes,
+            logged_bytes=files.log.logged_bytes,
+            sealed_bytes=files.sealed_bytes,
+            segments=len(files.manifest.segments),
+            waiting_logs=sealer.waiting,
             dropped=session.dropped,
             alarms=session.alarms.total(),
             last_alarm=session.last_alarm,
-            queue=self._sealer.queue_us,
+            queue=sealer.queue_us,
             late_frames=session.late_frames,
+            streams=self._streams(now_ns, span_s),
             shipped_segments=self._shipper.files if self._shipper else 0,
-            gaps=self._sealer.gaps,
-            last_gap=self._sealer.last_gap,
+            gaps=sealer.gaps,
+            last_gap=sealer.last_gap,
             last_drop_s=(now_ns - session.last_drop_ns) / 1e9 if session.last_drop_ns else None,
             disk_free_bytes=self._chores.disk_free_bytes,
             clock=self._offset,

@@ -151,7 +151,7 @@ def write_ledger(session: Path) -> int:
         raise storage_error(session, error) from error
     finally:
         watch.discard()
-    return watch.rows
+    return watch.causes.total()
 
 
 def _end(manifest: Manifest, inspector: Inspector) -> list[Gap]:

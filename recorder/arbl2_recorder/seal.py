@@ -10,9 +10,11 @@ with pauses, and not at all while frames come thick and fast: the log waits on t
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,8 +27,8 @@ from arbl2.frames import KIND_NAMES, VENUES, Flag, FrameKind
 from arbl2.tape import SegmentWriter, save_manifest
 from arbl2_recorder import clock
 from arbl2_recorder.integrity import Inspector
-from arbl2_recorder.ledger import END, LedgerWriter
-from arbl2_recorder.log import LogReader, _decode
+from arbl2_recorder.ledger import END, Cause, Gap, LedgerWriter
+from arbl2_recorder.log import LogReader, decode_batch
 from arbl2_recorder.status import QueueDelay
 from arbl2_recorder.storage import storage_error, sync_folder
 from arbl2_recorder.writer import log_path
@@ -39,9 +41,9 @@ if TYPE_CHECKING:
 
     from arbl2.frames import FrameBlock
     from arbl2.tape import Manifest, Segment
-    from arbl2_recorder.ledger import Gap
 
 
+_logger = logging.getLogger("arbl2.recorder")
 SEALER_NICENESS = 15
 SLICE_FRAMES = 48
 """Half a millisecond of looking at books."""
@@ -87,7 +89,7 @@ class Watch:
         self._longest_us = 0
         self.inspector = inspector
         self.late_frames = 0
-        self.rows = 0
+        self.causes: Counter[str] = Counter()
 
     def see(self, block: FrameBlock, name: int | str) -> None:
         """Look at those frames that were not seen before; rows go to the ledger of that number or name. Raises StorageError."""
@@ -95,8 +97,19 @@ class Watch:
         for start in range(first, len(block), SLICE_FRAMES):
             part = block.slice(start, start + SLICE_FRAMES)
             self._measure(part)
-            self._keep(self.inspector.inspect(part), name)
+            self._keep(self._inspect(part), name)
             self._rest()
+
+    def _inspect(self, block: FrameBlock) -> list[Gap]:
+        try:
+            return self.inspector.inspect(block)
+        except Exception as error:
+            # Whatever a venue sent that trips the inspector, the frames themselves are whole: they must be sealed.
+            _logger.exception("the inspector failed and starts anew")
+            self.inspector = Inspector(after_seq=int(block.seq[-1]))
+            seq, recv_ns, mono_ns = int(block.seq[0]), int(block.recv_ns[0]), int(block.mono_ns[0])
+            detail = f"the inspector failed ({error!r}): {len(block)} frames were not checked"
+            return [Gap(cause=Cause.ALARM, start_seq=seq, start_recv_ns=recv_ns, start_mono_ns=mono_ns, detail=detail)]
 
     def _measure(self, block: FrameBlock) -> None:
         delays = block.queue_us[block.kind == FrameKind.MESSAGE]
@@ -110,7 +123,7 @@ class Watch:
             if self._writer is None:
                 self._writer = LedgerWriter(self._session_dir, name, self._session)
             self._writer.append(gaps)
-            self.rows += len(gaps)
+            self.causes.update(gap.cause for gap in gaps)
             if self._on_gaps is not None:
                 self._on_gaps(gaps)
 
@@ -214,7 +227,7 @@ class LogTail(LogReader):
             if not length:
                 return None
             file.seek(self.read_bytes)
-            block = _decode(file.read(length), self._anchor)
+            block = decode_batch(file.read(length), self._anchor)
         if block is not None:
             self.read_bytes += length
         return block
@@ -253,6 +266,7 @@ class Sealer:
         self.last_gap = ""
         self.queue_us = QueueDelay()
         self.late_frames = 0
+        self.streams: list[tuple[str, str, int, int]] = []
         self._thread = threading.Thread(target=self._run, name="arbl2-sealer", daemon=True)
         self._thread.start()
 
@@ -313,6 +327,7 @@ class Sealer:
         if self._watch.inspector.seq == self._sealed_seq:
             self._watch.finish()
         self._tell(at_once=True)
+        self.gaps = dict(self._watch.causes)
         return True
 
     @property
@@ -352,7 +367,7 @@ class Sealer:
             return
         self._told_ns = now_ns
         self.gaps, self.last_gap = watch.inspector.gaps, watch.inspector.last_gap
-        self.queue_us, self.late_frames = watch.queue_us, watch.late_frames
+        self.queue_us, self.late_frames, self.streams = watch.queue_us, watch.late_frames, watch.inspector.streams()
         wanted = watch.inspector.wanted()
         if wanted and self._on_wanted is not None and not at_once:
             self._on_wanted(wanted)

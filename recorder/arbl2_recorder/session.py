@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("arbl2.recorder")
 _MESSAGE = FrameKind.MESSAGE
+_now_ns = clock.mono_ns
 _LATE, _ON_TIME = int(Flag.LATE), int(Flag.NONE)
 _MOST_US = 2**31 - 1
 BEAT_S = 0.005
@@ -56,6 +57,7 @@ class Session:
         self.late_frames = 0
         self.last_drop_ns = 0
         self.alarms: Counter[str] = Counter()
+        self._noted: Counter[str] = Counter()
         self.last_alarm = ""
         self.silent: set[str] = set()
         self._beat_ns = clock.mono_ns()
@@ -63,6 +65,17 @@ class Session:
     def beat(self) -> None:
         """The event loop turns: called every ``BEAT_S``. What is read long after the last beat may have waited in the kernel."""
         self._beat_ns = clock.mono_ns()
+
+    def go_on_in(self, log: LogWriter) -> None:
+        """What comes next begins a new session, from ``seq`` 1; what was declared lost stays declared where it was found."""
+        self._log = log
+        self.seq = 0
+
+    def take_alarms(self) -> Counter[str]:
+        """Alarms since the last call."""
+        fresh = self.alarms - self._noted
+        self._noted = Counter(self.alarms)
+        return fresh
 
     def connection(self) -> int:
         """A new connection number, from 1. Every dial gets one, whether it succeeds or not."""
@@ -111,7 +124,8 @@ class Session:
         if mono_ns - self._beat_ns > LATE_NS:
             flags = _LATE
             self.late_frames += 1
-        queue_us = min((clock.mono_ns() - mono_ns) // 1000, _MOST_US)
+        queue_us = (_now_ns() - mono_ns) // 1000
+        queue_us = min(queue_us, _MOST_US)
         self._log.append(HEAD.pack(seq, recv_ns, mono_ns, conn, queue_us, venue, kind, op, flags, len(payload)), payload)
         if self._consumer is not None:
             self._consumer.put(Frame(seq, recv_ns, mono_ns, VENUES[venue], conn, kind, op, payload, queue_us, flags))

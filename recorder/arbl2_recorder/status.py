@@ -102,7 +102,7 @@ class RecordResult:
     venue; ``counts`` by "<venue or ->.<kind>"; ``alarms`` by name; ``gaps`` of the ledger by cause; ``silent`` streams never
     said anything; ``longest_silence_s`` is per venue, nothing from any stream; ``ended``: duration, stop or signal. ``clean``
     says that every message that arrived is on the tape. ``recovered`` are earlier sessions below the same root that were
-    restored at the start.
+    restored at the start. A long recording has several ``sessions``; ``session``, ``path`` and ``queue`` are of the last one.
     """
 
     session: str
@@ -125,6 +125,7 @@ class RecordResult:
     gaps: dict[str, int] = field(default_factory=dict)
     reconnects: dict[str, int] = field(default_factory=dict)
     shipped_segments: int = 0
+    sessions: tuple[str, ...] = ()
 
 
 def as_json(what: Status | RecordResult) -> bytes:

@@ -35,6 +35,15 @@ class Venue:
         if (ask := feed.snapshot(stream)) is not None:
             self.desk.ask(ask)
 
+    def restate(self) -> None:
+        """A new session begins: it must stand alone, so it gets its own rules and the books that diff streams start from."""
+        for leg in self.legs:
+            leg.restate()
+        self.ask_rules()
+        for feed in self._feeds:
+            for stream in feed.streams:
+                self._first(feed, stream)
+
     def ask_rules(self) -> None:
         """Ticks, lots and filters of everything that is recorded."""
         for feed in self._feeds:

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from arbl2.config import RunConfig
 from arbl2.engine import Engine
 from arbl2.frames import FrameKind
-from arbl2.tape import TapeReader
+from arbl2.tape import TapeReader, sessions
 from arbl2_recorder import RecordConfig, record
 from arbl2_recorder.copies import Copies
+from arbl2_recorder.ledger import Cause
 from arbl2_recorder.limits import Gate, Limit
+from arbl2_recorder.recovery import inspect_session
 from arbl2_recorder.venues import feeds
 
 if TYPE_CHECKING:
@@ -34,6 +36,12 @@ class Market:
         self.start = time.monotonic()
         self.on_tick = on_tick
 
+    @staticmethod
+    def data(stream, i):
+        if "@depth@" in stream:
+            return f'{{"e":"depthUpdate","E":1770000000000,"s":"BTCUSDT","U":{i},"u":{i},"b":[],"a":[]}}'
+        return f'{{"lastUpdateId":{i},"bids":[],"asks":[]}}'
+
     async def __call__(self, ws, venue, n):
         request = json.loads(venue.received[n])
         if isinstance(request, dict):
@@ -43,7 +51,7 @@ class Market:
             await asyncio.sleep(TICK_S)
             for i in range(sent + 1, int((time.monotonic() - self.start) / TICK_S) + 1):
                 for stream in request["params"]:
-                    await ws.send(f'{{"stream":"{stream}","data":{{"lastUpdateId":{i},"bids":[],"asks":[]}}}}')
+                    await ws.send(f'{{"stream":"{stream}","data":{self.data(stream, i)}}}')
                 sent = i
                 if self.on_tick is not None and await self.on_tick(ws, n, i):
                     return
@@ -123,6 +131,32 @@ def test_a_successor_that_stays_silent_does_not_replace_anything(venue, make_con
     assert not [c for c in of_kind(found, FrameKind.CLOSED) if c["conn"] == 1 and c["seq"] < found[-10].seq]
     assert {f.conn for f in found if f.kind is FrameKind.MESSAGE and b"lastUpdateId" in f.payload} == {1}
     assert_whole(numbers(found))
+
+
+def test_a_long_recording_goes_on_in_a_new_session_without_a_hole(venue, make_config, frames):
+    server = venue(Market(), rest=b'{"lastUpdateId":7,"bids":[],"asks":[]}')
+    config = make_config(binance=server, session_s=0.8, duration_s=3.0, streams=("depth", "diff"))
+    result = record(config)
+    assert len(result.sessions) >= 3
+    assert [path.name for path in sorted(sessions(config.out))] == sorted(result.sessions)
+    ids, total = [], 0
+    for name in result.sessions:
+        found = frames(config.out / name)
+        manifest = TapeReader(config.out / name).manifest
+        assert manifest.state == "sealed"
+        assert ("goes on in" in manifest.notes[0]) == (name != result.session)
+        assert found[0].kind is FrameKind.CLOCK
+        opened, sent = of_kind(found, FrameKind.OPENED), of_kind(found, FrameKind.SENT)
+        assert [o.get("carried_over", False) for o in opened] == [name != result.sessions[0]]
+        assert "btcusdt@depth20@100ms" in sent[0]["params"]
+        assert [r["url"] for r in of_kind(found, FrameKind.REQUEST) if "/depth?" in r["url"]]
+        assert {gap.cause for gap in inspect_session(config.out / name)} <= {Cause.NO_SNAPSHOT}
+        ids += numbers(found)
+        total += len(found)
+    assert_whole(ids)
+    assert len(server.received) == 1
+    assert result.frames == total
+    assert abs(result.counts["binance.message"] - 2 * len(ids)) <= 2  # the acknowledgement, and the end between two streams
 
 
 def test_many_symbols_are_spread_over_connections(venue, scripts, make_config, frames):
