@@ -15,13 +15,15 @@ from rich.console import Console
 
 from arbl2.errors import EngineError, StorageError
 from arbl2.frames import Anchor, Flag, Frame, FrameKind, Op
-from arbl2.tape import LOG, TapeReader, load_manifest, sessions
+from arbl2.tape import LOG, SEGMENTS, TapeReader, load_manifest, sessions
 from arbl2_recorder import LiveView, RecordConfig, Status, VenueStatus, clock, record
 from arbl2_recorder.consumer import Consumer
 from arbl2_recorder.live import render
 from arbl2_recorder.log import LogReader
 from arbl2_recorder.session import Session
 from arbl2_recorder.writer import LogWriter, log_path
+
+pytest_plugins = ("object_store",)
 
 
 def test_the_manifest_says_what_was_recorded(venue, scripts, make_config, frames):
@@ -310,3 +312,32 @@ def test_status_follows_the_recording(venue, scripts, make_config):
     assert max(status.venues[0].rate_per_s for status in running) > 50
     assert running[-1].venues[0].state == "open"
     assert running[-1].logged_bytes > 0
+
+
+def test_what_is_sealed_goes_to_the_store_while_it_is_recorded(venue, scripts, make_config, store):
+    server = venue(scripts["upbit"])
+    url = store.url("live")
+    options = {"session_s": 1.0, "segment_seconds": 1, "ship": url, "ship_delete": True}
+    result = record(make_config(upbit=server, duration_s=3.0, **options))
+    assert len(result.sessions) >= 2
+    assert result.shipped_segments >= len(result.sessions)
+    found = []
+    for name in result.sessions:
+        far = TapeReader(f"{url.partition('?')[0]}/{name}?{url.partition('?')[2]}")
+        far.verify_hashes()
+        assert far.manifest.state == "sealed"
+        found += [frame.payload for frame in far.frames() if frame.kind is FrameKind.MESSAGE]
+        assert not list((result.path.parent / name / SEGMENTS).glob("*.parquet"))
+    assert found == [payload for _, payload, _ in server.sent[: len(found)]]
+    assert len(found) > 200
+
+
+def test_old_sessions_go_while_a_new_one_is_recorded(venue, scripts, make_config):
+    server = venue(scripts["upbit"])
+    first = record(make_config(upbit=server, duration_s=0.6))
+    second = record(make_config(upbit=server, duration_s=0.6, keep_days=365))
+    assert first.path.is_dir()
+    third = record(make_config(upbit=server, duration_s=1.0, keep_bytes=1))
+    assert not first.path.exists()
+    assert not second.path.exists()
+    assert TapeReader(third.path).manifest.state == "sealed"
