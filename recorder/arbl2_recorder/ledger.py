@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from arbl2.errors import TapeError
+from arbl2.places import sync_folder
 from arbl2.tape import LEDGER
-from arbl2_recorder.storage import storage_error, sync_folder
+from arbl2_recorder.storage import storage_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -24,13 +24,14 @@ import numpy as np
 
 from arbl2.errors import StorageError
 from arbl2.frames import KIND_NAMES, VENUES, Flag, FrameKind
+from arbl2.places import sync_folder
 from arbl2.tape import SegmentWriter, save_manifest
 from arbl2_recorder import clock
 from arbl2_recorder.integrity import Inspector
 from arbl2_recorder.ledger import END, Cause, Gap, LedgerWriter
 from arbl2_recorder.log import LogReader, decode_batch
 from arbl2_recorder.status import QueueDelay
-from arbl2_recorder.storage import storage_error, sync_folder
+from arbl2_recorder.storage import storage_error
 from arbl2_recorder.writer import log_path
 
 if TYPE_CHECKING:

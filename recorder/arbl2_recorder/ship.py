@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from arbl2.errors import Arbl2Error, ConfigError, StorageError, TapeError
-from arbl2.places import CHUNK_BYTES, place, reason
+from arbl2.places import CHUNK_BYTES, place, reason, sync_folder
 from arbl2.tape import (
     LEDGER,
     MANIFEST,
@@ -35,7 +35,7 @@ from arbl2.tape import (
     write_atomically,
 )
 from arbl2_recorder.seal import SEALER_NICENESS
-from arbl2_recorder.storage import storage_error, sync_folder
+from arbl2_recorder.storage import storage_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

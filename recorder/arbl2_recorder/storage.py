@@ -26,15 +26,6 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot use {path}: {error.strerror or error}. Choose a folder that can be written to.")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make new and removed names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class RootLock:
     """Held while a recorder or a recovery works below a root folder; the kernel frees it however the process ends."""
 

@@ -15,10 +15,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from arbl2.errors import StorageError
+from arbl2.places import sync_folder
 from arbl2.tape import LOG
 from arbl2_recorder import clock
 from arbl2_recorder.log import encode_batch
-from arbl2_recorder.storage import storage_error, sync_folder
+from arbl2_recorder.storage import storage_error
 from arbl2_recorder.syncer import Syncer
 
 if TYPE_CHECKING:
