@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from arbl2_recorder.session import Session
     from arbl2_recorder.venues import Ask
 
+_YOUR_FAULT = (400, 404)
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 120.0
 
@@ -55,17 +56,20 @@ class Desk:
             while self._waiting:
                 url = next(iter(self._waiting))
                 await self._gate.enter(self._waiting[url].weight)
-                await self._fetch(url)
+                await self._fetch(self._waiting[url])
                 del self._waiting[url]
             self._asked.clear()
 
-    async def _fetch(self, url: str) -> None:
-        session = self._session
+    async def _fetch(self, ask: Ask) -> None:
+        session, url = self._session, ask.url
         session.record(self._venue, 0, FrameKind.REQUEST, {"method": "GET", "url": url}, *clock.stamp())
         try:
             body = await rest.fetch(url, self._timeout_s)
         except rest.RefusedError as error:
             self._gate.close_for(error.retry_after_s)
             session.alarm("rest_failed", venue=self._venue, url=url, said=str(error))
+            if error.status in _YOUR_FAULT:
+                for one in ask.instead:
+                    self.ask(one)
         else:
             session.accept(self._venue, 0, FrameKind.RESPONSE, Op.NONE, body, *clock.stamp())

@@ -17,10 +17,11 @@ _PAUSE_S = 10.0
 
 
 class RefusedError(VenueError):
-    """There was no body; ``retry_after_s`` is how long the venue wants to be left alone."""
+    """There was no body; ``status`` is HTTP's or 0, ``retry_after_s`` is how long the venue wants to be left alone."""
 
-    def __init__(self, problem: str, retry_after_s: float = 0.0) -> None:
+    def __init__(self, problem: str, status: int = 0, retry_after_s: float = 0.0) -> None:
         super().__init__(problem)
+        self.status = status
         self.retry_after_s = retry_after_s
 
 
@@ -59,7 +60,8 @@ def _get(url: str, timeout_s: float) -> bytes | RefusedError:
             said = error.read(500).decode("utf-8", "replace")
         asked = error.headers.get("Retry-After", "")
         patience_s = float(asked) if asked.isascii() and asked.isdigit() and len(asked) < 7 else _PAUSE_S
-        return RefusedError(f"HTTP {error.code} {error.reason}: {said}", patience_s if error.code in _SLOW_DOWN else 0.0)
+        pause_s = patience_s if error.code in _SLOW_DOWN else 0.0
+        return RefusedError(f"HTTP {error.code} {error.reason}: {said}", error.code, pause_s)
     except (OSError, HTTPException, ValueError) as error:
         return RefusedError(str(error) or type(error).__name__)
     if len(body) > _MAX_BODY_BYTES:

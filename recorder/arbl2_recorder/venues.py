@@ -8,7 +8,7 @@ whose first bytes say "data" is not looked into once every code of the connectio
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
@@ -46,10 +46,11 @@ _OTHER = Note(Sign.OTHER)
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A REST request and what it weighs at the venue."""
+    """A REST request and what it weighs at the venue; ``instead`` is asked if the venue finds fault with it."""
 
     url: str
     weight: int
+    instead: tuple[Ask, ...] = ()
 
 
 class VenueFeed(Protocol):
@@ -151,11 +152,13 @@ class UpbitFeed:
     @property
     def rules(self) -> tuple[Ask, ...]:
         """Tick size per market, and everything that is listed."""
-        codes = quote(",".join(self.codes), safe=",")
-        return (
-            Ask(f"{self.rest}/v1/orderbook/instruments?markets={codes}", 1),
-            Ask(f"{self.rest}/v1/market/all?is_details=true", 1),
-        )
+        # One code that the venue does not know spoils the answer for all.
+        singles = tuple(self._instruments(code) for code in self.codes) if len(self.codes) > 1 else ()
+        together = self._instruments(",".join(self.codes))
+        return replace(together, instead=singles), Ask(f"{self.rest}/v1/market/all?is_details=true", 1)
+
+    def _instruments(self, codes: str) -> Ask:
+        return Ask(f"{self.rest}/v1/orderbook/instruments?markets={quote(codes, safe=',')}", 1)
 
     def snapshot(self, stream: str) -> Ask | None:
         """Every message is a whole book, or a trade."""
@@ -235,8 +238,12 @@ class BinanceFeed:
     @property
     def rules(self) -> tuple[Ask, ...]:
         """Tick, lot and notional filters per symbol."""
-        listed = quote(msgspec.json.encode(self.symbols).decode("ascii"))
-        return (Ask(f"{self.rest}/api/v3/exchangeInfo?symbols={listed}", 20),)
+        singles = tuple(self._exchange_info((symbol,)) for symbol in self.symbols) if len(self.symbols) > 1 else ()
+        return (replace(self._exchange_info(self.symbols), instead=singles),)
+
+    def _exchange_info(self, symbols: tuple[str, ...]) -> Ask:
+        listed = quote(msgspec.json.encode(symbols).decode("ascii"))
+        return Ask(f"{self.rest}/api/v3/exchangeInfo?symbols={listed}", 20)
 
     def snapshot(self, stream: str) -> Ask | None:
         """A diff stream starts from a book that only the REST side gives."""

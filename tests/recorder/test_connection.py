@@ -175,7 +175,7 @@ def test_a_connection_that_goes_silent_is_replaced(venue, make_config, frames, s
 
 def test_rest_bodies_are_on_the_tape(venue, scripts, make_config, frames):
     body = '[{"market":"KRW-BTC","tick_size":"1000"},{"설명":"호가"}]'.encode()
-    upbit, binance = venue(scripts["upbit"], rest=body), venue(scripts["binance"], rest=b'{"code":-1121}', rest_status=400)
+    upbit, binance = venue(scripts["upbit"], rest=body), venue(scripts["binance"], rest=b'{"code":-1}', rest_status=503)
     result = record(make_config(upbit=upbit, binance=binance, symbols=("BTC", "ETH"), duration_s=0.5))
     found = frames(result.path)
     urls = sorted(json.loads(f.payload)["url"] for f in found if f.kind is FrameKind.REQUEST)
@@ -188,9 +188,17 @@ def test_rest_bodies_are_on_the_tape(venue, scripts, make_config, frames):
     )
     assert [f.payload for f in found if f.kind is FrameKind.RESPONSE] == [body, body]
     alarm = facts(found, FrameKind.ALARM, alarm="rest_failed")[0]
-    assert "400" in alarm["said"]
-    assert "-1121" in alarm["said"]
+    assert "503" in alarm["said"]
+    assert '"code":-1' in alarm["said"]
     assert alarm["_frame"].venue == "binance"
+
+
+def test_one_unknown_symbol_does_not_cost_the_rules_of_the_others(venue, scripts, make_config, frames):
+    binance = venue(scripts["binance"], rest=b'{"code":-1121,"msg":"Invalid symbol."}', rest_status=400)
+    result = record(make_config(binance=binance, symbols=("BTC", "NOPE"), duration_s=1.0))
+    urls = [json.loads(f.payload)["url"] for f in frames(result.path) if f.kind is FrameKind.REQUEST]
+    head = f"{binance.rest_url}/api/v3/exchangeInfo?symbols="
+    assert urls == [head + f"%5B%22{names}%22%5D" for names in ("BTCUSDT%22%2C%22NOPEUSDT", "BTCUSDT", "NOPEUSDT")]
 
 
 def test_nothing_listens_anywhere(make_config):
