@@ -154,14 +154,14 @@ def record(
     binance_depth: Annotated[int, typer.Option(help="Levels a side on Binance: 5, 10 or 20.")] = 20,
     legs: Annotated[int, typer.Option(help="2 = every stream over two connections, so that a drop of one loses nothing.")] = 1,
     session_hours: Annotated[float, typer.Option(help="A new session folder starts this often, without a hole.")] = 24.0,
-    segment_minutes: Annotated[float, typer.Option(help="A new Parquet file starts this often ...")] = 15.0,
+    segment_minutes: Annotated[float, typer.Option(max=1e6, help="A new Parquet file starts this often ...")] = 15.0,
     segment_mib: Annotated[int, typer.Option(help="... or when this much was logged.")] = 128,
     ship: Annotated[
         str | None, typer.Option(help="Copy sealed segments to this folder or URL (s3://bucket/tapes) while recording.")
     ] = None,
     ship_delete: Annotated[bool, typer.Option("--ship-delete", help="Delete them here once the copy was read back.")] = False,
     keep_days: Annotated[float | None, typer.Option(help="Delete sessions that ended longer ago.")] = None,
-    keep_gib: Annotated[float | None, typer.Option(help="Delete the oldest sessions while the folder holds more.")] = None,
+    keep_gib: Annotated[float | None, typer.Option(max=1e9, help="Delete the oldest while the folder holds more.")] = None,
     flush_ms: Annotated[int, typer.Option(help="What a kill may cost at most.")] = 250,
     give_up_s: Annotated[float, typer.Option(help="Stop if no venue has delivered anything by then.")] = 15.0,
     metrics: Annotated[
@@ -214,6 +214,8 @@ def _record(config: Any, *, as_json: bool, metrics: int | None = None) -> Any:
     from arbl2_recorder.report import result_report
 
     lines = JsonLines(sys.stdout.fileno()) if as_json else None
+    if as_json or not sys.stderr.isatty():
+        _log_alarms()
     with ExitStack() as stack:
         viewers: list[Any] = [lines or stack.enter_context(LiveView())]
         if metrics is not None:
@@ -227,6 +229,18 @@ def _record(config: Any, *, as_json: bool, metrics: int | None = None) -> Any:
     else:
         _show(result_report(result))
     return result
+
+
+def _log_alarms() -> None:
+    """Nobody sees a live view: alarms go to stderr, one a line, as a journal wants them."""
+    import logging
+    import time
+
+    form = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    form.converter = time.gmtime
+    handler = logging.StreamHandler()
+    handler.setFormatter(form)
+    logging.getLogger("arbl2").addHandler(handler)
 
 
 @app.command(epilog="Example: arbl2 health --tapes tapes --max-silence-s 120")

@@ -8,7 +8,7 @@ import platform
 import secrets
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -51,10 +51,16 @@ def create(config: RecordConfig, feeds: list[VenueFeed]) -> tuple[Path, Manifest
             for kind, url in (("ws", feed.url), ("rest", getattr(config.endpoints, f"{feed.name}_rest")))
         },
         instruments=config.instruments(),
-        subscriptions={feed.label: msgspec.json.decode(feed.subscriptions("")[0]) for feed in feeds},
+        subscriptions={feed.label: _subscription(feed) for feed in feeds},
     )
     save_manifest(path, manifest)
     return path, manifest
+
+
+def _subscription(feed: VenueFeed) -> Any:
+    """What was asked for: the message, or the list of them."""
+    messages = [msgspec.json.decode(message) for message in feed.subscriptions("")]
+    return messages[0] if len(messages) == 1 else messages
 
 
 def _host() -> dict[str, str]:

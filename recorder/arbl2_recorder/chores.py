@@ -54,7 +54,8 @@ class Chores:
                 write_status(self._root, status)
             if self._retention is not None and clock.mono_ns() >= prune_ns:
                 prune_ns = clock.mono_ns() + PRUNE_NS
-                self._prune(self._retention)
+                # Comparing a copy far away may take minutes, in which the status must not grow old.
+                threading.Thread(target=self._prune, args=(self._retention,), name="arbl2-prune", daemon=True).start()
 
     def _prune(self, retention: Retention) -> None:
         try:

@@ -111,9 +111,18 @@ class RecordConfig:
                 raise ConfigError(f"symbol {coin!r} is not a base coin; write BTC, not KRW-BTC or BTCUSDT")
             if coin == FX_COIN:
                 raise ConfigError("leave out USDT: its KRW book is recorded whenever both venues are")
+        self._check_ship()
         self._check_streams()
         self._check_choices()
         self._check_limits()
+
+    def _check_ship(self) -> None:
+        if self.ship is None and self.ship_delete:
+            raise ConfigError("--ship-delete needs --ship: say where the copies go.")
+        if self.ship is not None and "://" not in self.ship:
+            there, here = Path(self.ship).resolve(), self.out.resolve()
+            if there == here or here in there.parents:
+                raise ConfigError(f"--ship {self.ship} lies in the folder of the recordings itself. Ship to another one.")
 
     def _check_streams(self) -> None:
         known = [stream.value for stream in Stream]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _YOUR_FAULT = (400, 404)
 FIRST_PAUSE_S = 2.0
 LONGEST_PAUSE_S = 120.0
+FORGET_S = 3_600.0
 
 
 class Desk:
@@ -31,6 +32,7 @@ class Desk:
         self._timeout_s = timeout_s
         self._waiting: dict[str, Ask] = {}
         self._asked = asyncio.Event()
+        self._asking = ""
         self._pauses: dict[str, tuple[float, float]] = {}
 
     def ask(self, ask: Ask) -> None:
@@ -40,14 +42,23 @@ class Desk:
 
     def ask_again(self, ask: Ask) -> None:
         """As ``ask``, for what did not help the last time: the same URL waits longer each time, so that a loop costs little."""
+        not_before_s, _ = self._pauses.get(ask.url, (0.0, 0.0))
+        if ask.url not in self._waiting and ask.url != self._asking and clock.mono_ns() / 1e9 >= not_before_s:
+            self._pause_s(ask.url)
+            self.ask(ask)
+
+    def restate(self) -> None:
+        """A new session begins: it must hold the request whose answer it will hold."""
+        if self._asking:
+            self._request(self._asking)
+
+    def _pause_s(self, url: str) -> float:
+        """How long this URL has to wait before it is asked again for the same reason; the patience starts anew after an hour."""
         now_s = clock.mono_ns() / 1e9
-        not_before_s, pause_s = self._pauses.get(ask.url, (0.0, FIRST_PAUSE_S))
-        if ask.url in self._waiting or now_s < not_before_s:
-            return
-        # An hour without trouble, and the patience starts anew.
-        pause_s = FIRST_PAUSE_S if now_s - not_before_s > 3600 else min(2 * pause_s, LONGEST_PAUSE_S)
-        self._pauses[ask.url] = (now_s + pause_s, pause_s)
-        self.ask(ask)
+        not_before_s, last_s = self._pauses.get(url, (0.0, 0.0))
+        pause_s = FIRST_PAUSE_S if now_s - not_before_s > FORGET_S else min(2 * last_s, LONGEST_PAUSE_S)
+        self._pauses[url] = (now_s + pause_s, pause_s)
+        return pause_s
 
     async def run(self) -> None:
         """Ends by cancellation only."""
@@ -56,20 +67,27 @@ class Desk:
             while self._waiting:
                 url = next(iter(self._waiting))
                 await self._gate.enter(self._waiting[url].weight)
-                await self._fetch(self._waiting[url])
-                del self._waiting[url]
+                ask, self._asking = self._waiting.pop(url), url
+                await self._fetch(ask)
+                self._asking = ""
             self._asked.clear()
 
     async def _fetch(self, ask: Ask) -> None:
-        session, url = self._session, ask.url
-        session.record(self._venue, 0, FrameKind.REQUEST, {"method": "GET", "url": url}, *clock.stamp())
+        session = self._session
+        self._request(ask.url)
         try:
-            body = await rest.fetch(url, self._timeout_s)
+            body = await rest.fetch(ask.url, self._timeout_s)
         except rest.RefusedError as error:
             self._gate.close_for(error.retry_after_s)
-            session.alarm("rest_failed", venue=self._venue, url=url, said=str(error))
+            session.alarm("rest_failed", venue=self._venue, url=ask.url, said=str(error))
             if error.status in _YOUR_FAULT:
                 for one in ask.instead:
                     self.ask(one)
+            else:
+                asyncio.get_running_loop().call_later(self._pause_s(ask.url), self.ask, ask)
         else:
             session.accept(self._venue, 0, FrameKind.RESPONSE, Op.NONE, body, *clock.stamp())
+
+    def _request(self, url: str) -> None:
+        facts = {"method": "GET", "url": url}
+        self._session.record(self._venue, 0, FrameKind.REQUEST, facts, *clock.stamp())

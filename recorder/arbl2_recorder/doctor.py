@@ -152,7 +152,8 @@ def _folder(root: Path) -> Check:
         return Check("folder", "fail", f"{at} cannot be written to", "choose another folder with --out, or change its owner")
     pid = holder(root)
     if pid is not None:
-        return Check("folder", "ok", f"{root} is in use by the recorder with process {pid}; a second one would be refused")
+        found = f"{root} is in use by the recorder with process {pid}"
+        return Check("folder", "warn", found, "a second recorder would be refused: stop that one, or choose another --out")
     return Check("folder", "ok", f"{root} is free for a recorder" + ("" if at == root.absolute() else ", and will be made"))
 
 

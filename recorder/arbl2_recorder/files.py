@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -61,6 +62,12 @@ class SessionFiles:
     def sealed_bytes(self) -> int:
         """Bytes of the segments."""
         return sum(segment.bytes for segment in self.manifest.segments)
+
+    def discard(self) -> None:
+        """Remove a session that never began."""
+        self.log.close()
+        self.sealer.close()
+        shutil.rmtree(self.path)
 
     def close(self, notes: Sequence[str]) -> None:
         """Write what is queued, and seal. A failed disk leaves the session to be recovered: look at ``error``."""

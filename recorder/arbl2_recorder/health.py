@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from arbl2_recorder import clock
-from arbl2_recorder.live import size
+from arbl2_recorder.live import printable, size
 from arbl2_recorder.status import Status  # noqa: TC001 - read at run time when a status is read back
 from arbl2_recorder.storage import LOCK_FILE
 
@@ -39,11 +39,15 @@ class StatusFile:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """``reasons`` say what is wrong; there are none if the recorder is healthy. ``age_s`` of the status, None without one."""
+    """``reasons`` say what is wrong; there are none if the recorder is healthy. ``age_s`` of the status, None without one.
+
+    ``warnings`` are what a person should look at although a new start would not mend it.
+    """
 
     reasons: tuple[str, ...]
     session: str = ""
     age_s: float | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
@@ -52,7 +56,8 @@ class Health:
 
     def sentence(self) -> str:
         """The answer in one line."""
-        return f"healthy: {self.session}" if self.healthy else "unhealthy: " + "; ".join(self.reasons)
+        answer = f"healthy: {self.session}" if self.healthy else "unhealthy: " + "; ".join(self.reasons)
+        return answer + "".join(f"; warning: {warning}" for warning in self.warnings)
 
 
 def write_status(root: Path, status: Status) -> None:
@@ -103,7 +108,9 @@ def health(root: Path, *, max_age_s: float = 10.0, max_silence_s: float = 60.0, 
     else:
         if free < min_free_bytes:
             reasons.append(f"only {size(free)} of disk are free")
-    return Health(tuple(reasons), found.status.session, round(age_s, 3))
+    problem = found.status.ship_problem
+    warnings = (f"not shipped: {printable(problem)}",) if problem else ()
+    return Health(tuple(reasons), found.status.session, round(age_s, 3), warnings)
 
 
 def _reasons(status: Status, age_s: float, max_age_s: float, max_silence_s: float) -> list[str]:

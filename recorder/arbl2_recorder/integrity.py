@@ -36,6 +36,7 @@ from arbl2_recorder.shapes import (
     read_request,
     read_snapshot,
     read_wrapper,
+    subject,
     wrong_total,
 )
 
@@ -60,18 +61,19 @@ STALE_MS = 2_000
 _SAMPLES = 64
 TRADE_PATIENCE_NS = 2 * _S
 """For this long a missing trade may still come from the other leg."""
-ANCHOR_NS = 60 * _S
-"""A diff stream without a book to start from for longer gets a row."""
+ANCHOR_NS = 180 * _S
+"""A diff stream without a book to start from for longer gets a row; the books of many symbols take minutes of REST weight."""
 ASK_NS = 10 * _S
 """A book that nobody has asked for by then is wanted."""
 END_NS = 10 * _S
 """A connection that ended this shortly before the last frame, and was not dialled again, ended with the session."""
-QUIET_NS = _S
-"""Late frames that are closer together belong to one stall."""
+QUIET_NS = 100_000_000
+"""Late frames that are closer together belong to one stall, whatever comes between them."""
 CLOCK_NS, CLOCK_PPM = 5_000_000, 500
 """A clock that is only slewed moves less than either between two samples."""
 MOST_STREAMS = 5_000
 MOST_HOLES = 256
+MOST_FAILURES = 256
 MOST_NAME = 100
 _MOST_TEXT = 200
 _RECENT_TRADES = 64
@@ -124,7 +126,9 @@ class _Hole(Struct):
 
 
 class _Venue(Struct):
-    """What is known of a venue as a whole; ``asked`` is the URL of the request that has no answer yet."""
+    """What is known of a venue as a whole: ``asked`` is the URL of the request that has no answer yet, ``rests`` holds what
+    has failed by what it was about.
+    """
 
     asked: str = ""
     dialled_seq: int = 0
@@ -132,15 +136,16 @@ class _Venue(Struct):
     samples: list[int] = []
     sampled_ns: int = 0
     dials: Gap | None = None
-    rest: Gap | None = None
+    rests: dict[str, Gap] = {}
     books: dict[str, int] = {}
 
 
 class _Lost(Struct):
-    """A connection that ended, and the streams that have not come back yet."""
+    """A connection that ended, and the streams that have not come back yet; the row may begin long before the end."""
 
     gap: Gap
     streams: list[str]
+    closed: At = (0, 0, 0)
 
 
 class _State(Struct):
@@ -151,6 +156,7 @@ class _State(Struct):
     blind_ns: int = 0
     streams: dict[str, _Stream] = {}
     conns: dict[int, str] = {}
+    said: dict[int, At] = {}
     venues: dict[str, _Venue] = {}
     undecodable: dict[int, Gap] = {}
     lost: list[_Lost] = []
@@ -271,6 +277,7 @@ class Inspector:
                 continue
             if conn not in self._state.conns:
                 self._state.conns[conn] = VENUES[venue]
+            self._state.said[conn] = at
             try:
                 if not payload.isascii():
                     # What the decoder skips it does not check.
@@ -324,8 +331,10 @@ class Inspector:
             found += [hole.gap for hole in stream.holes]
             if ended and stream.snapshots and stream.anchor < 0 and not stream.holes and self._is_unanchored(stream):
                 found.append(self._unanchored(stream))
-        found += [lost.gap for lost in self._state.lost if not (ended and self._ended_with_session(lost.gap))]
-        found += [gap for venue in self._state.venues.values() for gap in (venue.dials, venue.rest) if gap is not None]
+        found += [lost.gap for lost in self._state.lost if not (ended and self._ended_with_session(lost))]
+        for venue in self._state.venues.values():
+            found += [venue.dials] if venue.dials is not None else []
+            found += venue.rests.values()
         return sorted(found, key=lambda gap: gap.start_seq)
 
     def _venue(self, name: str) -> _Venue:
@@ -409,16 +418,18 @@ class Inspector:
             venue.usual_ms, venue.samples = sorted(venue.samples)[_SAMPLES // 2], []
 
     def _stall(self, before: At, *, is_late: bool) -> None:
-        stall = self._state.stall
+        stall, late_at = self._state.stall, self._state.late_at
+        # Late frames without another between them are one stall, however long it lasts.
+        if stall is not None and self._at[2] - late_at[2] >= QUIET_NS and not (is_late and before == late_at):
+            self._end_stall(stall)
+            stall = None
         if is_late:
             if stall is None:
                 waited_ms = (self._at[2] - before[2]) / 1e6
-                detail = f"nothing was read for {waited_ms:,.0f} ms before" if before[0] else ""
-                stall = self._gap(Cause.LOOP_STALL, "", at=before if before[0] else None, missed=0, detail=detail)
+                detail = f"nothing was read for {waited_ms:,.0f} ms before the first of them" if before[1] else ""
+                stall = self._gap(Cause.LOOP_STALL, "", at=before if before[1] else None, missed=0, detail=detail)
             self._state.stall = msgspec.structs.replace(stall, missed=(stall.missed or 0) + 1)
             self._state.late_at = self._at
-        elif stall is not None and self._at[2] - self._state.late_at[2] >= QUIET_NS:
-            self._end_stall(stall)
 
     def _end_stall(self, stall: Gap) -> None:
         self._state.stall = None
@@ -693,20 +704,40 @@ class Inspector:
             return
         if conn in state.undecodable:
             self._emit(state.undecodable.pop(conn).healed(self._at, Heal.CLOSED))
-        carried = [stream for stream in state.streams.values() if stream.venue == venue and stream.conn == conn]
+        said = state.said.pop(conn, None)
         for stream in state.streams.values():
             stream.own.pop(conn, None)
             stream.times.pop(conn, None)
             stream.recent.pop(conn, None)
-        gap = self._gap(Cause.DISCONNECT, venue, conn, detail=detail)
         if closed.covered:
             # Replaced before it ended: that is how every connection should end.
             if not closed.clean:
-                self._emit(msgspec.structs.replace(gap, missed=0).healed(self._at, Heal.OTHER_LEG))
+                gap = self._gap(Cause.DISCONNECT, venue, conn, missed=0, detail=detail)
+                self._emit(gap.healed(self._at, Heal.OTHER_LEG))
             return
+        carried = self._carried(venue, conn)
+        start = self._at
+        if carried and (closed.error or not closed.clean):
+            # It may have been dead for long before anybody noticed. What its twin said first is not on the tape as its own.
+            start = max([stream.last for stream in carried if stream.last] + ([said] if said else []), default=start)
         for stream in carried:
             stream.heard_ns = 0
-        state.lost.append(_Lost(gap, [stream.name for stream in carried]))
+        gap = self._gap(Cause.DISCONNECT, venue, conn, at=start, detail=detail)
+        state.lost.append(_Lost(gap, [stream.name for stream in carried], self._at))
+
+    def _carried(self, venue: str, conn: int) -> list[_Stream]:
+        """The streams that are lost with a connection: what it was the last to say.
+
+        If its twin was first with everything and has ended already, covered by this one, what that one said last is lost now.
+        """
+        mine = [stream for stream in self._state.streams.values() if stream.venue == venue]
+        carried = [stream for stream in mine if stream.conn == conn]
+        known = {name for lost in self._state.lost if lost.gap.venue == venue for name in lost.streams}
+        left = [stream for stream in mine if stream.last and stream.conn not in self._state.conns and stream.name not in known]
+        if carried or not left:
+            return carried
+        last = max(left, key=lambda stream: stream.last or (0, 0, 0))
+        return [stream for stream in left if stream.conn == last.conn]
 
     def _return(self, stream: _Stream) -> None:
         """The first stream that speaks again on another connection ends the outage of the one before."""
@@ -717,15 +748,16 @@ class Inspector:
         self._state.lost.remove(lost)
         self._emit(lost.gap.healed(self._at, Heal.RECONNECT))
 
-    def _ended_with_session(self, gap: Gap) -> bool:
-        return self._at[2] - gap.start_mono_ns < END_NS and self._venue(gap.venue).dialled_seq < gap.start_seq
+    def _ended_with_session(self, lost: _Lost) -> bool:
+        seq, _, mono_ns = lost.closed
+        return self._at[2] - mono_ns < END_NS and self._venue(lost.gap.venue).dialled_seq < seq
 
     def _response(self, venue: str, body: bytes) -> None:
         known = self._venue(venue)
         asked, known.asked = known.asked, ""
-        if known.rest is not None:
-            self._emit(known.rest.healed(self._at, Heal.RESPONSE))
-            known.rest = None
+        failed = known.rests.pop(subject(asked), None)
+        if failed is not None:
+            self._emit(failed.healed(self._at, Heal.RESPONSE))
         symbol = depth_symbol(asked)
         if venue != VENUES[BINANCE] or (asked and not symbol):
             return
@@ -779,9 +811,12 @@ class Inspector:
                 self._emit(self._gap(Cause.STALLED, venue, conn, at=start).healed(self._at, Heal.CLOSED))
             case "rest_failed":
                 known.asked = ""
-                before = known.rest or self._gap(Cause.REST_FAILED, venue, missed=0)
+                what = subject(alarm.url)
+                before = known.rests.get(what) or self._gap(Cause.REST_FAILED, venue, missed=0)
                 text = _short(f"{alarm.said}; {alarm.url}")
-                known.rest = msgspec.structs.replace(before, missed=(before.missed or 0) + 1, detail=text)
+                known.rests[what] = msgspec.structs.replace(before, missed=(before.missed or 0) + 1, detail=text)
+                if len(known.rests) > MOST_FAILURES:
+                    self._emit(known.rests.pop(next(iter(known.rests))))
                 symbol = depth_symbol(alarm.url)
                 for stream in self._state.streams.values():
                     stream.wants = stream.wants or (stream.snapshots and _symbol(stream) == symbol and not stream.anchored)

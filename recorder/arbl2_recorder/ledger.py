@@ -71,7 +71,7 @@ class Heal(StrEnum):
     SNAPSHOT = "snapshot"  # a book from the REST side that covers the missing ids
     OTHER_LEG = "other_leg"  # another connection carried the same
     RECONNECT = "reconnect"  # a new connection
-    RESPONSE = "response"  # the next REST body
+    RESPONSE = "response"  # a REST body of the same path
     CLOSED = "closed"  # the connection it happened on ended
     NOTHING_LOST = "nothing_lost"  # there was nothing to heal
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
 
-from arbl2_recorder import clock
+from arbl2_recorder import clock, rest
 from arbl2_recorder.backoff import Backoff
 from arbl2_recorder.copies import Copies
 from arbl2_recorder.link import Link, seconds
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 _wire_logger = logging.getLogger("arbl2.recorder.wire")
 COPY_WINDOW_NS = 30_000_000_000
 COPY_TAIL_S = 10.0
+# Binance takes 5 messages a second, pings and pongs among them.
+SUBSCRIBE_S = 0.3
+COVER_NS = 3_000_000_000
 MOST_DIALS_ONCE_OPEN = 2
 
 
@@ -45,7 +48,7 @@ class _Life:
     """One link with the task that dials it and waits for its end."""
 
     link: Link
-    task: asyncio.Task[float]
+    task: asyncio.Task[None]
 
 
 class Group:
@@ -62,6 +65,7 @@ class Group:
         self.feed = feed
         self._copies = Copies(COPY_WINDOW_NS)
         self._links: list[Link] = []
+        self._heard: set[str] = set()
         self._on_first = on_first
         self.legs = [Leg(self, session, config, gate, number) for number in range(config.legs)]
 
@@ -74,6 +78,7 @@ class Group:
             is_copy=self._copies.is_copy,
             is_covered=self._is_covered,
             on_first=self._first,
+            heard=self._heard,
         )
         self._links.append(link)
         if len(self._links) > 1:
@@ -84,6 +89,9 @@ class Group:
     def drop(self, link: Link) -> None:
         """The link has ended."""
         self._links.remove(link)
+        if not any(other.is_open for other in self._links):
+            # Nothing covered the end: what comes after an outage is told anew, even if it was said before.
+            self._copies.clear()
         if len(self._links) == 1:
             # The slower of two may still be about to say what the other one has said.
             asyncio.get_running_loop().call_later(COPY_TAIL_S, self._settle)
@@ -94,7 +102,10 @@ class Group:
             self._copies.clear()
 
     def _is_covered(self, ended: Link) -> bool:
-        return any(link.carries_all for link in self._links if link is not ended)
+        now_ns = clock.mono_ns()
+        others = (link for link in self._links if link is not ended and link.carries_all)
+        # One that has gone silent may be as dead as the one that ended.
+        return any(now_ns - link.last_ns < COVER_NS for link in others)
 
     def _first(self, link: Link, stream: str) -> None:
         if not self._is_covered(link):
@@ -174,7 +185,8 @@ class Leg:
             leaving.cancel()
         if life.task.done():
             self.lost += life.link.opened_ns > 0
-            await self._rest(life.task.result())
+            life.task.result()
+            await self._rest()
             return self._start()
         return await self._replace(life)
 
@@ -187,16 +199,15 @@ class Leg:
                 await asyncio.wait({new.task, ready}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 ready.cancel()
-            asked_s = 0.0
             if new.task.done():
-                asked_s = new.task.result()
+                new.task.result()
             elif new.link.first_data_ns:
                 self._age_s = self._new_age_s()
                 await self._end(old)
                 return new
             else:
                 await self._end(new)
-            await self._rest(asked_s)
+            await self._rest()
             if old.task.done():
                 return self._start()
         old.link.leaving.clear()
@@ -212,9 +223,9 @@ class Leg:
         life.task.cancel()
         await asyncio.wait({life.task})
 
-    async def _rest(self, asked_s: float) -> None:
+    async def _rest(self) -> None:
         self._state = "waiting"
-        await asyncio.sleep(max(asked_s, self._backoff.delay_s()))
+        await asyncio.sleep(self._backoff.delay_s())
 
     def _start(self) -> _Life:
         link = self._group.link(self._session)
@@ -255,8 +266,8 @@ class Leg:
                 del self._sockets[link.conn]
                 socket.transport.abort()
 
-    async def _live(self, link: Link) -> float:
-        """One connection from dial to end; returns how long the venue asked to be left alone, seconds."""
+    async def _live(self, link: Link) -> None:
+        """One connection from dial to end."""
         config = self._config
 
         def create(protocol: ClientProtocol, **options: Any) -> RecordingConnection:
@@ -275,14 +286,17 @@ class Leg:
                 logger=_wire_logger,
                 create_connection=cast("Any", create),
             )
-        except (OSError, InvalidHandshake, InvalidURI) as error:
+        except (OSError, EOFError, ValueError, InvalidHandshake, InvalidURI, WebSocketException) as error:
+            # A redirect may lead to anything: ValueError is what parsing it raises.
             self.problem = str(error) or type(error).__name__
             link.refused(self.problem)
-            return _retry_after_s(error)
+            self._gate.close_for(_asked_s(error))
+            return
         socket = self._sockets[link.conn] = cast("RecordingConnection", opened)
         self.connections += 1
         try:
-            for subscription in self.feed.subscriptions(str(uuid.uuid4())):
+            for number, subscription in enumerate(self.feed.subscriptions(str(uuid.uuid4()))):
+                await asyncio.sleep(SUBSCRIBE_S if number else 0)
                 link.sent(subscription)
                 await socket.send(subscription.decode("utf-8"))
             await socket.wait_closed()
@@ -292,7 +306,6 @@ class Leg:
             self._sockets.pop(link.conn, None)
             await socket.close()
         self.problem = link.problem or "the connection was closed"
-        return 0.0
 
     def _retire(self, life: _Life) -> None:
         link = life.link
@@ -310,8 +323,8 @@ class Leg:
             self._backoff.reset()
 
 
-def _retry_after_s(error: Exception) -> float:
-    if not isinstance(error, InvalidStatus):
+def _asked_s(error: Exception) -> float:
+    """How long the venue wants to be left alone by this address."""
+    if not isinstance(error, InvalidStatus) or error.response.status_code not in rest.SLOW_DOWN:
         return 0.0
-    text = error.response.headers.get("Retry-After", "")
-    return float(text) if text.isascii() and text.isdigit() and len(text) < 7 else 0.0
+    return rest.pause_s(error.response.headers.get("Retry-After", ""))

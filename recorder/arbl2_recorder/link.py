@@ -39,6 +39,7 @@ class Link:
         is_copy: Callable[[int, bytes, int], bool],
         is_covered: Callable[[Link], bool],
         on_first: Callable[[Link, str], None],
+        heard: set[str],
     ) -> None:
         self._feed = feed
         self._session = session
@@ -47,13 +48,16 @@ class Link:
         self._is_copy = is_copy
         self._is_covered = is_covered
         self._on_first = on_first
+        # What the streams of the group have said: a quiet one need not say anything on a second connection to be well.
+        self._group_heard = heard
         self._venue = feed.venue
         self.conn = conn
         self._unseen = set(feed.streams)
-        self._unacknowledged = feed.acknowledges
+        self._unacknowledged = feed.acks
         self._watching = True
         self._subscribed_ns = 0
         self._subscriptions: list[bytes] = []
+        self._spoken_elsewhere: frozenset[str] = frozenset()
         self._last_ns = 0
         self.alone = True
         self.leaving = asyncio.Event()
@@ -86,7 +90,8 @@ class Link:
 
     def message(self, op: Op, payload: bytes, recv_ns: int, mono_ns: int) -> None:
         """Keep it first; look into it only while something is still waited for."""
-        if self.alone or not self._is_copy(self.conn, payload, mono_ns):
+        is_data = self._is_data(payload)
+        if self.alone or not is_data or not self._is_copy(self.conn, payload, mono_ns):
             self._accept(self._venue, self.conn, FrameKind.MESSAGE, op, payload, recv_ns, mono_ns)
         else:
             self.copies += 1
@@ -95,7 +100,7 @@ class Link:
         if mono_ns - self._last_ns > self.longest_gap_ns:
             self._note_gap(mono_ns)
         self._last_ns = mono_ns
-        if self._unseen or not self._is_data(payload):
+        if self._unseen or not is_data:
             self._look(payload, recv_ns, mono_ns)
 
     def _note_gap(self, mono_ns: int) -> None:
@@ -126,6 +131,8 @@ class Link:
     def sent(self, payload: bytes) -> None:
         """A subscription is about to leave; from now on answers are waited for."""
         recv_ns, mono_ns = clock.stamp()
+        if not self._subscriptions and not self.alone:
+            self._spoken_elsewhere = frozenset(self._group_heard)
         self._subscribed_ns = mono_ns
         self._subscriptions.append(payload)
         self._accept(self._venue, self.conn, FrameKind.SENT, Op.TEXT, payload, recv_ns, mono_ns)
@@ -154,7 +161,7 @@ class Link:
             self._give_up()
 
     def _give_up(self, **facts: Any) -> None:
-        for stream in sorted(self._unseen - self._feed.quiet):
+        for stream in sorted(self._unseen - self._feed.quiet - self._spoken_elsewhere):
             self._alarm("silent", stream=stream, **facts)
         self._unseen.clear()
         self.ready.set()
@@ -170,15 +177,16 @@ class Link:
             self.first_data_ns = self.first_data_ns or mono_ns
             if note.text in self._unseen:
                 self._unseen.discard(note.text)
+                self._group_heard.add(note.text)
                 self._on_first(self, note.text)
             # A stream that may stay quiet for hours must not hold up a hand-over.
             if self._unseen <= self._feed.quiet:
                 self.ready.set()
         elif note.sign is Sign.ACK:
-            self._unacknowledged = False
+            self._unacknowledged = max(0, self._unacknowledged - 1)
         elif note.sign is Sign.ERROR:
             # A refusal is an answer: complaining about a missing one too would say it twice.
-            self._unacknowledged = False
+            self._unacknowledged = 0
             self.problem = note.text
             self._alarm("venue_error", at=(recv_ns, mono_ns), said=note.text)
         elif note.sign is Sign.SHUTDOWN:

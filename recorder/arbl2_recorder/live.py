@@ -187,6 +187,8 @@ def _figures(status: Status) -> list[str]:
         f"delay p50 {delay.p50_us / 1e3:.2f}  p99 {delay.p99_us / 1e3:.2f}  max {delay.max_us / 1e3:.2f} ms{true_time}",
         f"log {size(status.logged_bytes)}  sealed {size(status.sealed_bytes)} in {status.segments:,}{shipped}{free}",
     ]
+    if status.ship_problem:
+        figures.append(f"NOT shipped: {printable(status.ship_problem)}")
     troubled = [venue for venue in status.venues if venue.problem and venue.state != "open"]
     figures += [f"{venue.name} {venue.state}: {printable(venue.problem)}" for venue in troubled]
     if status.last_gap:

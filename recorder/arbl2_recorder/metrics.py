@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from arbl2.errors import ConfigError
 from arbl2_recorder import clock
+from arbl2_recorder.ledger import Cause
 
 try:
     from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
@@ -83,7 +84,9 @@ class _Latest(Collector):
         quantiles = (("0.5", delay.p50_us), ("0.99", delay.p99_us), ("1", delay.max_us))
         rows = [((quantile,), us / 1e6) for quantile, us in quantiles]
         yield _metric("queue_delay_seconds", "from the arrival of the bytes to the seq of their frame", rows, "quantile")
-        rows = [((cause,), n) for cause, n in status.gaps.items()]
+        # a cause that never happened counts 0: an alarm on its growth sees the first one too
+        counts = {**{cause.value: 0 for cause in Cause}, **status.gaps}
+        rows = [((cause,), n) for cause, n in counts.items()]
         yield _metric("gaps_total", "entries of the gap ledger", rows, "cause")
 
 
@@ -99,6 +102,7 @@ _SIMPLE: tuple[tuple[str, str, Callable[[Status], float | None]], ...] = (
     ("sealed_bytes", "bytes of sealed segments", lambda status: status.sealed_bytes),
     ("sealed_segments", "sealed segments", lambda status: status.segments),
     ("shipped_segments_total", "segments shipped to object storage", lambda status: status.shipped_segments),
+    ("ship_problem", "1 if sealed segments could not be shipped", lambda status: bool(status.ship_problem)),
     ("disk_free_bytes", "free space below the folder of recordings", lambda status: status.disk_free_bytes),
 )
 

@@ -13,12 +13,12 @@ import logging
 import signal
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from arbl2.errors import StorageError, VenueError
+from arbl2.errors import VenueError
 from arbl2_recorder import clock
 from arbl2_recorder.chores import Chores
 from arbl2_recorder.consumer import Consumer
@@ -44,6 +44,7 @@ _logger = logging.getLogger("arbl2.recorder")
 TICK_S = 0.05
 OFFSET_S = 60.0
 SHIP_PATIENCE_S = 30.0
+RATE_SAMPLES, RATE_NS = 6, 1_500_000_000
 SWITCH_INTERVAL_S = 0.0005
 # A clock that is only slewed moves at most 500 ppm: 5 ms between two samples 10 s apart.
 CLOCK_STEP_NS = 5_000_000
@@ -124,8 +125,10 @@ class _Run:
         self._error: Exception | None = None
         self._phase = "recording"
         self._feeds = feeds(config)
+        self._shipper = Shipper(config.out, config.ship, delete_local=config.ship_delete) if config.ship else None
         self._files = self._new_files()
         self._ended_sessions: list[_Ended] = []
+        self._making: asyncio.Future[SessionFiles] | None = None
         self._closing: asyncio.Future[None] | None = None
         self._started_ns = self._files.started_ns
         self._consumer = Consumer(on_frame, self._fail, limit_bytes=config.queue_bytes) if on_frame is not None else None
@@ -134,9 +137,8 @@ class _Run:
         self._rated_ns = self._started_ns
         self._offset: ClockOffset | None = None
         self._latest: Status | None = None
-        self._told: dict[tuple[str, str], int] = {}
+        self._told: dict[tuple[str, str], deque[tuple[int, int]]] = {}
         self._chores = Chores(config.out, lambda: self._latest, _retention(config))
-        self._shipper = Shipper(config.out, config.ship, delete_local=config.ship_delete) if config.ship else None
 
     def _new_files(self) -> SessionFiles:
         return SessionFiles(self._config, self._feeds, on_error=self._fail, on_wanted=self._want_snapshots)
@@ -145,8 +147,9 @@ class _Run:
         """Whole sessions can be kept, shipped and deleted: a recording of months is many of them, without a hole between."""
         while True:
             await asyncio.sleep(self._config.session_s)
-            files, ended = await asyncio.to_thread(self._new_files), self._files
-            self._files = files
+            self._making = asyncio.ensure_future(asyncio.to_thread(self._new_files))
+            files, ended = await asyncio.shield(self._making), self._files
+            self._files, self._making = files, None
             self._session.go_on_in(files.log)
             self._session.clock_sample(self._offset)
             for venue in self._venues:
@@ -174,8 +177,9 @@ class _Run:
             await asyncio.sleep(OFFSET_S)
 
     def _end(self, why: str, error: Exception | None = None) -> None:
+        self._error = self._error or error
         if not self._ended:
-            self._ended, self._error = why, error
+            self._ended = why
             self._over.set()
 
     def _fail(self, error: Exception) -> None:
@@ -212,9 +216,9 @@ class _Run:
                 task.cancel()
             await asyncio.wait(tasks)
             await self._drain()
-            self._chores.close()
             if self._shipper is not None:
                 await asyncio.to_thread(self._shipper.close, SHIP_PATIENCE_S)
+            self._chores.close()
             for number in handled:
                 self._loop.remove_signal_handler(number)
         return self._result(recovered)
@@ -286,14 +290,27 @@ class _Run:
         if self._consumer is not None:
             await asyncio.to_thread(self._consumer.close)
         notes = self._notes(f"ended by {self._ended or 'cancellation'}")
-        if self._closing is not None:
-            await asyncio.wait([self._closing])
+        await self._settle(self._closing)
+        if self._making is not None and await self._settle(self._making):
+            # Made for a session that never began.
+            unused = self._making.result()
+            await self._settle(asyncio.ensure_future(asyncio.to_thread(unused.discard)))
         closing = asyncio.ensure_future(asyncio.to_thread(self._close, self._files, notes))
         while not closing.done():
             await asyncio.wait([closing], timeout=self._config.status_s)
-            self._tell(clock.mono_ns())
-        with contextlib.suppress(StorageError):  # the result raises it
-            await closing
+            with contextlib.suppress(Exception):  # whoever looks on must not keep the session from being sealed
+                self._tell(clock.mono_ns())
+        await self._settle(closing)
+
+    async def _settle(self, work: asyncio.Future[Any] | None) -> bool:
+        """Wait for work in a thread; what went wrong there is what the recording ends with."""
+        if work is None:
+            return True
+        await asyncio.wait([work])
+        error = work.exception()
+        if isinstance(error, Exception):
+            self._error = self._error or error
+        return error is None
 
     def _result(self, recovered: tuple[RecoveryReport, ...]) -> RecordResult:
         error = self._files.error or self._error
@@ -325,19 +342,22 @@ class _Run:
             gaps=dict(sorted(gaps.items())),
             shipped_segments=self._shipper.files if self._shipper else 0,
             reconnects={venue.name: venue.reconnects for venue in self._venues},
-            duration_s=(clock.mono_ns() - self._started_ns) / 1e9,
+            duration_s=(self._ended_ns - self._started_ns) / 1e9,
             ended=self._ended,
             clean=session.dropped == 0,
             recovered=recovered,
         )
 
-    def _streams(self, now_ns: int, span_s: float) -> tuple[StreamStatus, ...]:
-        told, self._told = self._told, {}
+    def _streams(self, now_ns: int) -> tuple[StreamStatus, ...]:
         found = []
         for venue, name, messages, last_ns in self._files.sealer.streams:
-            self._told[venue, name] = messages
-            more = max(0, messages - told.get((venue, name), messages))
-            found.append(StreamStatus(venue, name, messages, more / span_s, (now_ns - last_ns) / 1e9))
+            past = self._told.setdefault((venue, name), deque(maxlen=RATE_SAMPLES))
+            # The sealer counts about once a second: two looks in between see the same.
+            if not past or messages != past[-1][1] or now_ns - past[-1][0] > RATE_NS:
+                past.append((now_ns, messages))
+            (then_ns, before), (until_ns, after) = past[0], past[-1]
+            rate_per_s = max(0, after - before) / max((until_ns - then_ns) / 1e9, 1e-9) if len(past) > 1 else 0.0
+            found.append(StreamStatus(venue, name, messages, rate_per_s, (now_ns - last_ns) / 1e9))
         return tuple(found)
 
     def _tell(self, now_ns: int) -> None:
@@ -361,7 +381,7 @@ class _Run:
             last_alarm=session.last_alarm,
             queue=sealer.queue_us,
             late_frames=session.late_frames,
-            streams=self._streams(now_ns, span_s),
+            streams=self._streams(now_ns),
             shipped_segments=self._shipper.files if self._shipper else 0,
             gaps=sealer.gaps,
             last_gap=sealer.last_gap,

@@ -12,8 +12,10 @@ from http.client import HTTPException
 from arbl2.errors import VenueError
 
 _MAX_BODY_BYTES = 16 * 2**20
-_SLOW_DOWN = (418, 429, 503)
-_PAUSE_S = 10.0
+SLOW_DOWN = (418, 429, 503)
+"""HTTP statuses of a venue that wants to be left alone."""
+_PAUSE_S, _LONGEST_PAUSE_S = 10.0, 3_600.0
+_PATIENCE = 3
 
 
 class RefusedError(VenueError):
@@ -48,7 +50,16 @@ async def fetch(url: str, timeout_s: float) -> bytes:
             loop.call_soon_threadsafe(deliver, found)
 
     threading.Thread(target=work, name="arbl2-rest", daemon=True).start()
-    return await answer
+    try:
+        return await asyncio.wait_for(answer, _PATIENCE * timeout_s)
+    except TimeoutError:
+        raise RefusedError(f"no whole answer in {_PATIENCE * timeout_s:.0f} s") from None
+
+
+def pause_s(retry_after: str) -> float:
+    """Seconds to leave a venue alone, by its Retry-After header or by habit; an hour at most."""
+    asked = retry_after.isascii() and retry_after.isdigit()
+    return min(float(retry_after), _LONGEST_PAUSE_S) if asked else _PAUSE_S
 
 
 def _get(url: str, timeout_s: float) -> bytes | RefusedError:
@@ -58,10 +69,8 @@ def _get(url: str, timeout_s: float) -> bytes | RefusedError:
     except urllib.error.HTTPError as error:
         with error:
             said = error.read(500).decode("utf-8", "replace")
-        asked = error.headers.get("Retry-After", "")
-        patience_s = float(asked) if asked.isascii() and asked.isdigit() and len(asked) < 7 else _PAUSE_S
-        pause_s = patience_s if error.code in _SLOW_DOWN else 0.0
-        return RefusedError(f"HTTP {error.code} {error.reason}: {said}", error.code, pause_s)
+        alone_s = pause_s(error.headers.get("Retry-After", "")) if error.code in SLOW_DOWN else 0.0
+        return RefusedError(f"HTTP {error.code} {error.reason}: {said}", error.code, alone_s)
     except (OSError, HTTPException, ValueError) as error:
         return RefusedError(str(error) or type(error).__name__)
     if len(body) > _MAX_BODY_BYTES:

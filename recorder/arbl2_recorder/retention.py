@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from arbl2.errors import Arbl2Error, ConfigError
+from arbl2.errors import Arbl2Error, ConfigError, TapeError
 from arbl2.tape import LOG, RECORDING, load_manifest, sessions
 from arbl2_recorder.ship import is_shipped, session_lock, verify_copy
 from arbl2_recorder.storage import storage_error
@@ -119,6 +119,8 @@ def prune(root: Path, retention: Retention, *, now_ns: int, dry_run: bool = Fals
     With ``only_shipped`` the copy of each is read back and compared before. A session that cannot be deleted is reported and
     left alone. It may run beside a recorder. Raises TapeError or StorageError if the folder itself cannot be used.
     """
+    if not root.is_dir():
+        raise TapeError(f"there is no folder {root}. Name the folder that `arbl2 record` wrote to.")
     if not dry_run:
         _finish(root)
     return [

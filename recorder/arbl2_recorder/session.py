@@ -31,6 +31,7 @@ _LATE, _ON_TIME = int(Flag.LATE), int(Flag.NONE)
 _MOST_US = 2**31 - 1
 BEAT_S = 0.005
 LATE_NS = 20_000_000
+LEAST_LATE_NS, MOST_LATE_NS = 50_000_000, 1_000_000_000
 """A beat that is older than this when bytes are read means that the event loop was held up by something else."""
 
 
@@ -60,14 +61,24 @@ class Session:
         self._noted: Counter[str] = Counter()
         self.last_alarm = ""
         self.silent: set[str] = set()
-        self._beat_ns = clock.mono_ns()
+        self._beat_ns = 0
+        self._late_until_ns = 0
 
     def beat(self) -> None:
-        """The event loop turns: called every ``BEAT_S``. What is read long after the last beat may have waited in the kernel."""
-        self._beat_ns = clock.mono_ns()
+        """The event loop turns: called every ``BEAT_S``. What is read long after the last beat may have waited in the kernel.
+
+        A beat that comes late itself (it may come before the sockets are read) means the same for what is read from now on: a
+        backlog takes its time, so the flag stays for about as long as the loop was held up.
+        """
+        now_ns = clock.mono_ns()
+        held_ns, self._beat_ns = now_ns - (self._beat_ns or now_ns), now_ns
+        if held_ns > LATE_NS:
+            self._late_until_ns = now_ns + min(max(held_ns, LEAST_LATE_NS), MOST_LATE_NS)
 
     def go_on_in(self, log: LogWriter) -> None:
-        """What comes next begins a new session, from ``seq`` 1; what was declared lost stays declared where it was found."""
+        """What comes next begins a new session, from ``seq`` 1. What was lost so far is declared in the old one."""
+        if self._losses:
+            self._declare(*clock.stamp())
         self._log = log
         self.seq = 0
 
@@ -121,7 +132,7 @@ class Session:
         self.seq = seq = self.seq + 1
         self.payload_bytes += len(payload)
         flags = _ON_TIME
-        if mono_ns - self._beat_ns > LATE_NS:
+        if mono_ns < self._late_until_ns or 0 < self._beat_ns < mono_ns - LATE_NS:
             flags = _LATE
             self.late_frames += 1
         queue_us = (_now_ns() - mono_ns) // 1000

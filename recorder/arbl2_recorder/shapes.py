@@ -155,6 +155,7 @@ class Closed(Struct):
     code: int | None = None
     reason: str | None = ""
     clean: bool | None = None
+    error: str | None = ""
     covered: bool = False
 
 
@@ -182,6 +183,7 @@ UPBIT_SHAPES = {
 }
 STREAM = b'{"stream":"'
 """How every message of the combined endpoint begins."""
+_MOST_PATH = 500
 _BEST = re.compile(rb'\[\s*\[\s*"([0-9]{1,20}(?:\.[0-9]{1,20})?)"')
 _DEPTH_SYMBOL = re.compile(r"/api/v3/depth\?(?:.*&)?symbol=([A-Z0-9]{1,40})(?:&|$)")
 
@@ -221,6 +223,11 @@ def depth_symbol(url: str) -> str:
     """The symbol whose book the request is for, "" if it is for anything else."""
     found = _DEPTH_SYMBOL.search(url)
     return found[1] if found is not None else ""
+
+
+def subject(url: str) -> str:
+    """What a request is about: any response to the same path will do, unless it is the book of another symbol."""
+    return f"{url.partition('?')[0][:_MOST_PATH]} {depth_symbol(url)}".strip()
 
 
 def bare_name(message: _Wrapper) -> str:

@@ -34,6 +34,7 @@ from arbl2.tape import (
     sha256_of,
     write_atomically,
 )
+from arbl2_recorder import clock
 from arbl2_recorder.seal import SEALER_NICENESS
 from arbl2_recorder.storage import storage_error
 
@@ -46,11 +47,21 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("arbl2.ship")
 LONGEST_PAUSE_S = 60.0
+LONGEST_SESSION_PAUSE_S = 3_600.0
+"""Between two tries of a session that could not be shipped while others could."""
+
+
+class SessionInUseError(StorageError):
+    """Another process ships or deletes that session now."""
+
+
+class StoreError(StorageError):
+    """The store does not answer or refuses: this is no matter of one session."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShipReport:
-    """What one call did: ``files`` and ``bytes`` sent, local segments ``deleted``.
+    """What one call did: ``files`` and ``bytes`` sent, ``segments`` among the files, local segments ``deleted``.
 
     ``whole``: the session has ended and every file of it was read back from ``url`` as it is, or was, here.
     """
@@ -58,6 +69,7 @@ class ShipReport:
     session: str
     url: str
     files: int
+    segments: int
     bytes: int
     deleted: int
     whole: bool
@@ -69,18 +81,20 @@ def ship_session(
     *,
     delete_local: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    on_sent: Callable[[str, int], None] | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> ShipReport:
     """Copy what is sealed of the local session ``path`` to ``url/<session>``; call it again for what was sealed since.
 
     It may run beside the recorder of that session. ``delete_local`` removes the local segments (never the manifest or the
     ledger) after all of them, and the manifest, were read back from there in this call. ``on_progress`` gets bytes of segments
-    done and to do; ``stopped`` is asked between files. Raises ConfigError for a URL that cannot be used, TapeError for a local
+    done and to do, ``on_sent`` the name and the bytes of each file that was sent and compared; ``stopped`` is asked between
+    files. Raises ConfigError for a URL that cannot be used, TapeError for a local
     session that is not what its manifest says, StorageError for a store that does not take it, gives something else back or
     already holds another recording of that name. Nothing local has been deleted then.
     """
     with session_lock(path):
-        return _Shipment(path, url).run(delete_local=delete_local, on_progress=on_progress, stopped=stopped)
+        return _Shipment(path, url, on_sent).run(delete_local=delete_local, on_progress=on_progress, stopped=stopped)
 
 
 def is_shipped(path: Path, url: str | None = None) -> bool:
@@ -124,7 +138,7 @@ def session_lock(path: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise StorageError(f"{path} is being shipped or deleted by another process. Wait for it to end.") from None
+        raise SessionInUseError(f"{path} is being shipped or deleted by another process. Wait for it to end.") from None
     finally:
         os.close(handle)
 
@@ -160,7 +174,7 @@ def _asking(far: Place | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(
+        raise StoreError(
             f"{far} cannot be used: {reason(error)}. Check that the bucket or folder exists, the credentials in the environment "
             "and the network, then ship again; nothing was deleted here."
         ) from error
@@ -176,8 +190,9 @@ def _differs(far: Place) -> StorageError:
 class _Shipment:
     """One call of ``ship_session``."""
 
-    def __init__(self, path: Path, url: str) -> None:
+    def __init__(self, path: Path, url: str, on_sent: Callable[[str, int], None] | None = None) -> None:
         self._path = path
+        self._on_sent = on_sent
         self._manifest, self._body = read_manifest(path)
         with _asking(url):
             self._far = _copy_of(self._manifest, url)
@@ -185,7 +200,7 @@ class _Shipment:
             raise ConfigError(f"{self._far} is the session itself. Ship to another folder: a copy has to lie elsewhere.")
         self._copy = self._known_copy()
         self._read_back: set[str] = set()
-        self._files = self._bytes = 0
+        self._files = self._segments = self._bytes = 0
 
     def run(
         self, *, delete_local: bool, on_progress: Callable[[int, int], None] | None, stopped: Callable[[], bool]
@@ -209,7 +224,7 @@ class _Shipment:
 
     def _report(self, deleted: int) -> ShipReport:
         whole = self._manifest.state != RECORDING and self._copy.files.get(MANIFEST) == _sha256(self._body)
-        return ShipReport(self._manifest.session, str(self._far), self._files, self._bytes, deleted, whole)
+        return ShipReport(self._manifest.session, str(self._far), self._files, self._segments, self._bytes, deleted, whole)
 
     def _known_copy(self) -> Shipped:
         """What is known of the copy; nothing if there is no copy at that place (any more)."""
@@ -247,9 +262,15 @@ class _Shipment:
             there = far.size() == size and far.sha256() == sha256
         if not there:
             self._send(near, far, sha256)
-            self._files += 1
-            self._bytes += size
+            self._count(name, size)
         self._note(name, sha256)
+
+    def _count(self, name: str, size: int) -> None:
+        self._files += 1
+        self._segments += name.startswith(f"{SEGMENTS}/")
+        self._bytes += size
+        if self._on_sent is not None:
+            self._on_sent(name, size)
 
     def _send(self, near: Path, far: Place, sha256: str) -> None:
         try:
@@ -271,8 +292,7 @@ class _Shipment:
                 if far.sha256() != sha256:
                     raise _differs(far)
         if self._copy.files.get(MANIFEST) != sha256:
-            self._files += 1
-            self._bytes += len(self._body)
+            self._count(MANIFEST, len(self._body))
         self._note(MANIFEST, sha256)
 
     def _note(self, name: str, sha256: str) -> None:
@@ -312,11 +332,22 @@ class _Shipment:
         return len(here)
 
 
+@dataclass(slots=True)
+class _Ill:
+    """A session that could not be shipped: why, how long it is left alone, and until when (monotonic, ns)."""
+
+    reason: str
+    pause_s: float
+    until_ns: int
+
+
 class Shipper:
     """Ships every session below ``root`` in a thread of its own, again and again until it is closed; a recorder runs beside it.
 
-    A store that does not answer is asked again after a growing pause and ends nothing; ``problem`` says what is wrong, "" if
-    nothing is. Raises ConfigError for a URL that cannot be used.
+    A store that does not answer is asked again after a growing pause and ends nothing. A session that cannot be shipped holds
+    up no other one and is tried again, after an hour at the latest. ``problem`` says what is wrong, "" if nothing is; ``files``
+    and ``bytes`` were sent and compared, ``segments`` are those of the files that are segments. Raises ConfigError for a URL
+    that cannot be used.
     """
 
     def __init__(self, root: Path, url: str, *, delete_local: bool = False, every_s: float = 5.0) -> None:
@@ -328,9 +359,10 @@ class Shipper:
         self._every_s = every_s
         self._closing = threading.Event()
         self._hurry = threading.Event()
-        self._damaged: set[str] = set()
+        self._ill: dict[str, _Ill] = {}
         self.problem = ""
         self.files = 0
+        self.segments = 0
         self.bytes = 0
         self._thread = threading.Thread(target=self._run, name="arbl2-ship", daemon=True)
         self._thread.start()
@@ -349,16 +381,20 @@ class Shipper:
         pause_s, last = self._every_s, False
         while not last:
             last = self._closing.wait(pause_s)
-            problem = self._round()
+            refused = self._round()
+            problem = "; ".join(filter(None, (refused, *(ill.reason for ill in self._ill.values()))))
             if problem and problem != self.problem:
                 _logger.warning("%s", problem)
             self.problem = problem
-            pause_s = min(pause_s * 2, max(LONGEST_PAUSE_S, self._every_s)) if problem else self._every_s
+            pause_s = min(pause_s * 2, max(LONGEST_PAUSE_S, self._every_s)) if refused else self._every_s
 
     def _round(self) -> str:
         """Ship what is new; returns what went wrong with the store."""
         try:
-            for path in sessions(self._root):
+            found = sessions(self._root)
+            for gone in self._ill.keys() - {path.name for path in found}:
+                del self._ill[gone]
+            for path in found:
                 self._ship(path)
         except Arbl2Error as error:
             return str(error)
@@ -367,16 +403,26 @@ class Shipper:
         return ""
 
     def _ship(self, path: Path) -> None:
-        if self._hurry.is_set() or path.name in self._damaged:
+        ill = self._ill.get(path.name)
+        waits = ill is not None and clock.mono_ns() < ill.until_ns and not self._closing.is_set()
+        if self._hurry.is_set() or waits:
             return
         try:
-            if is_shipped(path, self._url) and not (self._delete_local and any((path / SEGMENTS).glob("*.parquet"))):
-                return
-            report = ship_session(path, self._url, delete_local=self._delete_local, stopped=self._hurry.is_set)
-        except TapeError as error:
-            # Only this session is ill; a person has to look at it, the others go on.
-            self._damaged.add(path.name)
-            _logger.warning("%s is not shipped: %s", path.name, error)
-            return
-        self.files += report.files
-        self.bytes += report.bytes
+            if not is_shipped(path, self._url) or (self._delete_local and any((path / SEGMENTS).glob("*.parquet"))):
+                stopped = self._hurry.is_set
+                ship_session(path, self._url, delete_local=self._delete_local, on_sent=self._sent, stopped=stopped)
+        except SessionInUseError:
+            return  # whoever is at it ships or deletes it; the next round looks again
+        except StoreError:
+            raise
+        except Arbl2Error as error:
+            pause_s = min(ill.pause_s * 2 if ill is not None else self._every_s, LONGEST_SESSION_PAUSE_S)
+            reason = f"{path.name} is not shipped: {error}"
+            self._ill[path.name] = _Ill(reason, pause_s, clock.mono_ns() + int(pause_s * 1e9))
+        else:
+            self._ill.pop(path.name, None)
+
+    def _sent(self, name: str, size: int) -> None:
+        self.files += 1
+        self.segments += name.startswith(f"{SEGMENTS}/")
+        self.bytes += size

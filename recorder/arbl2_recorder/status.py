@@ -66,7 +66,8 @@ class Status:
     ``queued_bytes`` wait for the disk; ``waiting_logs`` wait to be sealed. ``dropped`` messages found no room, the last one
     ``last_drop_s`` ago (None: never). ``late_frames`` came while the event loop was stalled, so that their stamp may be late.
     ``gaps`` of the ledger by cause. ``disk_free_bytes`` and ``clock`` are None where the machine does not say.
-    ``wall_ns`` is when the snapshot was taken.
+    ``wall_ns`` is when the snapshot was taken. ``ship_problem`` says why sealed segments are not shipped, "" if they are or
+    nobody asked for it.
     """
 
     session: str
@@ -89,6 +90,7 @@ class Status:
     gaps: dict[str, int] = field(default_factory=dict)
     last_gap: str = ""
     shipped_segments: int = 0
+    ship_problem: str = ""
     disk_free_bytes: int | None = None
     clock: ClockOffset | None = None
     wall_ns: int = 0
@@ -103,6 +105,7 @@ class RecordResult:
     said anything; ``longest_silence_s`` is per venue, nothing from any stream; ``ended``: duration, stop or signal. ``clean``
     says that every message that arrived is on the tape. ``recovered`` are earlier sessions below the same root that were
     restored at the start. A long recording has several ``sessions``; ``session``, ``path`` and ``queue`` are of the last one.
+    ``ship_problem`` says why something of it could not be shipped, "" if nothing is wrong.
     """
 
     session: str
@@ -125,6 +128,7 @@ class RecordResult:
     gaps: dict[str, int] = field(default_factory=dict)
     reconnects: dict[str, int] = field(default_factory=dict)
     shipped_segments: int = 0
+    ship_problem: str = ""
     sessions: tuple[str, ...] = ()
 
 

@@ -39,6 +39,7 @@ class Venue:
         """A new session begins: it must stand alone, so it gets its own rules and the books that diff streams start from."""
         for leg in self.legs:
             leg.restate()
+        self.desk.restate()
         self.ask_rules()
         for feed in self._feeds:
             for stream in feed.streams:

@@ -85,8 +85,8 @@ class VenueFeed(Protocol):
         """How old a connection may become before it is replaced, seconds."""
 
     @property
-    def acknowledges(self) -> bool:
-        """Whether the venue answers a subscription."""
+    def acks(self) -> int:
+        """How many answers the subscription gets."""
 
     @property
     def dial_limits(self) -> tuple[Limit, ...]:
@@ -138,7 +138,7 @@ class UpbitFeed:
     label: str = ExchangeId.UPBIT.value
     venue: int = UPBIT
     name: str = ExchangeId.UPBIT.value
-    acknowledges: bool = False
+    acks: int = 0
     quiet: frozenset[str] = frozenset()
     max_age_s: float = math.inf
     dial_limits: tuple[Limit, ...] = (Limit(4, 1.0),)
@@ -203,6 +203,7 @@ class _BinanceMessage(msgspec.Struct):
 _binance_message = msgspec.json.Decoder(_BinanceMessage)
 _SUBSCRIBE_ID = 1
 _DEPTH_WEIGHTS = ((100, 5), (500, 25), (1000, 50), (5000, 250))
+_MOST_SUBSCRIBE_BYTES = 3_400
 _MOST_CODES = 200
 _MOST_BINANCE_STREAMS = 1_024
 
@@ -220,7 +221,6 @@ class BinanceFeed:
     label: str = ExchangeId.BINANCE.value
     venue: int = BINANCE
     name: str = ExchangeId.BINANCE.value
-    acknowledges: bool = True
     # 300 dials in 5 minutes and 6,000 of weight a minute are allowed for an address, which others may use too.
     dial_limits: tuple[Limit, ...] = (Limit(5, 1.0), Limit(240, 300.0))
     rest_limits: tuple[Limit, ...] = (Limit(4_000, 60.0),)
@@ -253,9 +253,23 @@ class BinanceFeed:
         weight = next(cost for most, cost in _DEPTH_WEIGHTS if self.snapshot_limit <= most)
         return Ask(f"{self.rest}/api/v3/depth?symbol={symbol.upper()}&limit={self.snapshot_limit}", weight)
 
+    @property
+    def acks(self) -> int:
+        """One for each SUBSCRIBE."""
+        return len(self.subscriptions(""))
+
     def subscriptions(self, ticket: str) -> tuple[bytes, ...]:
-        """One SUBSCRIBE for all streams: 5 messages a second are allowed, 1,024 streams a connection."""
-        return (msgspec.json.encode({"method": "SUBSCRIBE", "params": self.streams, "id": _SUBSCRIBE_ID}),)
+        """As many SUBSCRIBE messages as it takes: the venue does not answer one of more than 4 kB."""
+        parts: list[list[str]] = []
+        left = 0
+        for stream in self.streams:
+            if left < len(stream) + 3:
+                parts.append([])
+                left = _MOST_SUBSCRIBE_BYTES
+            parts[-1].append(stream)
+            left -= len(stream) + 3
+        messages = ({"method": "SUBSCRIBE", "params": part, "id": number} for number, part in enumerate(parts, _SUBSCRIBE_ID))
+        return tuple(map(msgspec.json.encode, messages))
 
     def is_data(self, payload: bytes) -> bool:
         """Data is wrapped and names its stream first; notices of the venue have stream names that begin with "!"."""
@@ -275,7 +289,7 @@ class BinanceFeed:
             return Note(Sign.ERROR, f"{message.error.get('code')}: {message.error.get('msg')}")
         if message.code is not None:
             return Note(Sign.ERROR, f"{message.code}: {message.msg}")
-        if message.id == _SUBSCRIBE_ID and message.result is not msgspec.UNSET:
+        if isinstance(message.id, int) and _SUBSCRIBE_ID <= message.id <= self.acks and message.result is not msgspec.UNSET:
             return Note(Sign.ACK)
         return _OTHER
 

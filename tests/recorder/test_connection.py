@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import json
 import random
 import socket
+import threading
+import time
 
 import pytest
 
-from arbl2.errors import VenueError
+from arbl2.errors import StorageError, VenueError
 from arbl2.frames import FrameKind
-from arbl2.tape import TapeReader, sessions
-from arbl2_recorder import record
+from arbl2.tape import TapeReader, save_manifest, sessions
+from arbl2_recorder import record, recover
 from arbl2_recorder.backoff import BASE_S, Backoff
 
 
@@ -235,3 +239,61 @@ def test_backoff_is_capped_jittered_and_starts_anew():
     assert min(delays[10:]) < 1.0
     backoff.reset()
     assert backoff.delay_s() <= BASE_S
+
+
+class Answering:
+    """A TCP server that answers every request with the same bytes, one by one or at once."""
+
+    def __init__(self, answer, *, pause_s=0.0):
+        self.answer, self.pause_s = answer, pause_s
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.port = self.server.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._answer, args=(self.server.accept()[0],), daemon=True).start()
+
+    def _answer(self, client):
+        with client, contextlib.suppress(OSError):
+            client.recv(65_536)
+            for i in range(len(self.answer)) if self.pause_s else [slice(None)]:
+                part = self.answer[i] if isinstance(i, slice) else self.answer[i : i + 1]
+                client.sendall(part)
+                time.sleep(self.pause_s)
+
+
+@pytest.mark.parametrize("location", ["ws://127.0.0.1:99999/", "ws://[::1/", "ws://a..b/", "http://127.0.0.1/", "//"])
+def test_a_redirect_to_nowhere_ends_a_dial_and_not_the_recording(venue, scripts, make_config, location):
+    upbit = venue(scripts["upbit"])
+    odd = Answering(f"HTTP/1.1 302 Found\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode())
+    config = make_config(upbit=upbit, binance=upbit, duration_s=1.0)
+    ends = dataclasses.replace(config.endpoints, binance_ws=f"ws://127.0.0.1:{odd.port}/stream")
+    result = record(dataclasses.replace(config, endpoints=ends))
+    assert result.ended == "duration"
+    assert result.messages["upbit"] > 50
+    assert result.counts["binance.closed"] >= 2
+
+
+def test_a_body_that_trickles_does_not_hold_up_the_desk(venue, scripts, make_config, frames):
+    upbit = venue(scripts["upbit"])
+    slow = Answering(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + b"[" * 1000, pause_s=0.02)
+    config = make_config(upbit=upbit, duration_s=2.0, rest_timeout_s=0.2)
+    ends = dataclasses.replace(config.endpoints, upbit_rest=f"http://127.0.0.1:{slow.port}")
+    found = frames(record(dataclasses.replace(config, endpoints=ends)).path)
+    assert [a for a in facts(found, FrameKind.ALARM, alarm="rest_failed") if "no whole answer" in a["said"]]
+    assert len({r["url"] for r in facts(found, FrameKind.REQUEST)}) == 2
+
+
+def test_a_session_that_could_not_be_sealed_is_no_success(venue, scripts, make_config, monkeypatch):
+    def refuse(path, manifest):
+        if manifest.state == "sealed":
+            raise StorageError("no room")
+        save_manifest(path, manifest)
+
+    monkeypatch.setattr("arbl2_recorder.files.save_manifest", refuse)
+    config = make_config(upbit=venue(scripts["upbit"]), duration_s=0.5)
+    with pytest.raises(StorageError, match="no room"):
+        record(config)
+    assert [report.frames_sealed > 50 for report in recover(config.out)] == [True]

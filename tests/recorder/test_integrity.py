@@ -102,22 +102,22 @@ CASES = {
     ),
     "a chain over a new connection": (
         chain().closed().opened(2).diff(15, 16, conn=2),
-        [("disconnect", 8, 10, *[None] * 3, "reconnect")],
+        [("disconnect", 7, 10, *[None] * 3, "reconnect")],
     ),
     "a gap over a new connection": (
         chain().closed().opened(2).diff(17, 18, conn=2),
-        [("disconnect", 8, 10, None, None, None, "reconnect"), ("gap", 7, None, 15, 16, 2, "")],
+        [("disconnect", 7, 10, None, None, None, "reconnect"), ("gap", 7, None, 15, 16, 2, "")],
     ),
     "two speeds are two chains": (chain().diff(1, 14, stream="btcusdt@depth"), []),
     "a book of a capture without requests": (Script().diff(1, 5).body(3).diff(6, 7), []),
-    "a book before the diffs": (Script().body(3).diff(1, 5).diff(6, 7).tick(70), []),
+    "a book before the diffs": (Script().body(3).diff(1, 5).diff(6, 7).tick(190), []),
     "no book for long": (
-        Script().opened().diff(1, 5).tick(70).diff(6, 7),
+        Script().opened().diff(1, 5).tick(190).diff(6, 7),
         [("no_snapshot", 2, None, 1, None, None, "")],
     ),
     "a late book": (
-        Script().opened().diff(1, 5).tick(70).ask().body(4).diff(6, 7),
-        [("no_snapshot", 2, 11, 1, None, None, "snapshot")],
+        Script().opened().diff(1, 5).tick(190).ask().body(4).diff(6, 7),
+        [("no_snapshot", 2, 23, 1, None, None, "snapshot")],
     ),
     "trades in order": (Script().trade(5).trade(6).trade(7), []),
     "trades that are missing": (Script().trade(5).trade(9).trade(10, ms=3000), [("gap", 1, 2, 6, 8, 3, "next_message")]),
@@ -203,9 +203,9 @@ CASES = {
     "a session that ends": (books(3).closed(2, "upbit", code=1000, clean=True), []),
     "an outage to the end": (
         books(3).closed(2, "upbit").closed(3, "upbit"),
-        [("disconnect", 5, None, *[None] * 3, ""), ("dial_failed", 6, None, None, None, 1, "")],
+        [("disconnect", 4, None, *[None] * 3, ""), ("dial_failed", 6, None, None, None, 1, "")],
     ),
-    "an outage that nobody mends": (books(3).closed(2, "upbit").tick(20), [("disconnect", 5, None, *[None] * 3, "")]),
+    "an outage that nobody mends": (books(3).closed(2, "upbit").tick(20), [("disconnect", 4, None, *[None] * 3, "")]),
     "dials that fail": (
         Script().closed(1, "upbit").closed(2, "upbit").opened(3, "upbit").book(conn=3),
         [("dial_failed", 1, 3, None, None, 2, "reconnect")],
@@ -221,11 +221,53 @@ CASES = {
     ),
     "garbage, then the end": (
         Script().opened().trade(1).message(b"{").closed().opened(2).trade(2, conn=2),
-        [("undecodable", 3, 4, None, None, 1, "closed"), ("disconnect", 4, 6, *[None] * 3, "reconnect")],
+        [("undecodable", 3, 4, None, None, 1, "closed"), ("disconnect", 3, 6, *[None] * 3, "reconnect")],
     ),
     "a stall of the loop": (
         Script().trade(1).trade(2, ms=300, flags=Flag.LATE).trade(3, ms=0, flags=Flag.LATE).trade(4, ms=1).trade(5, ms=2000),
         [("loop_stall", 1, 3, None, None, None, "next_message")],
+    ),
+    "a process that was frozen, and what waited for it": (
+        Script()
+        .trade(1)
+        .trade(2, ms=13_000, flags=Flag.LATE)
+        .trade(3, ms=400, flags=Flag.LATE)
+        .trade(4, ms=60)
+        .trade(5, ms=30, flags=Flag.LATE)
+        .trade(6, ms=1),
+        [("loop_stall", 1, 5, None, None, None, "next_message")],
+    ),
+    "two stalls": (
+        Script().trade(1).trade(2, ms=300, flags=Flag.LATE).trade(3, ms=50).trade(4, ms=9_000, flags=Flag.LATE).trade(5),
+        [
+            ("loop_stall", 1, 2, None, None, None, "next_message"),
+            ("loop_stall", 3, 4, None, None, None, "next_message"),
+        ],
+    ),
+    "a connection that was dead for long before its end": (
+        Script().opened().trade(1).partial(1).closed(ms=2_540, error="no pong").opened(2).trade(2, conn=2),
+        [("disconnect", 3, 6, *[None] * 3, "reconnect")],
+    ),
+    "a connection that the venue closed properly": (
+        Script().opened().trade(1).closed(clean=True, code=1000).opened(2).trade(2, conn=2),
+        [("disconnect", 3, 5, *[None] * 3, "reconnect")],
+    ),
+    "a dead connection at the end of the session": (books(3).closed(2, "upbit", ms=60_000), []),
+    "both legs lost, the second one without a word of its own": (
+        Script().opened(1).opened(2).trade(1, conn=1).closed(1, covered=True, ms=3_000).closed(2).opened(3).trade(2, conn=3),
+        [("disconnect", 4, 4, None, None, 0, "other_leg"), ("disconnect", 3, 7, *[None] * 3, "reconnect")],
+    ),
+    "a copying leg lost, the other one goes on": (
+        Script()
+        .opened(1)
+        .opened(2)
+        .trade(1, conn=1)
+        .closed(2, covered=True)
+        .trade(2, conn=1)
+        .closed(1)
+        .opened(3)
+        .trade(3, conn=3),
+        [("disconnect", 4, 4, None, None, 0, "other_leg"), ("disconnect", 5, 8, *[None] * 3, "reconnect")],
     ),
     "messages dropped": (
         Script().trade(1).alarm("dropped", frames=40, bytes=9, from_recv_ns=WALL_NS, to_recv_ns=WALL_NS + 5),
@@ -236,10 +278,32 @@ CASES = {
         .ask()
         .alarm("rest_failed", conn=0, url=DEPTH_URL, said="HTTP 429")
         .ask()
-        .alarm("rest_failed", conn=0, url="x", said="no")
+        .alarm("rest_failed", conn=0, url=DEPTH_URL, said="no")
         .ask()
         .body(1),
         [("rest_failed", 2, 6, None, None, 2, "response")],
+    ),
+    "a REST request that something else does not heal": (
+        Script()
+        .ask("https://rest/v1/instruments?markets=A,B")
+        .alarm("rest_failed", conn=0, url="https://rest/v1/instruments?markets=A,B", said="HTTP 404")
+        .ask("https://rest/v1/market/all")
+        .body(1),
+        [("rest_failed", 2, None, None, None, 1, "")],
+    ),
+    "a REST request that was made in parts instead": (
+        Script()
+        .ask("https://rest/v1/instruments?markets=A,B")
+        .alarm("rest_failed", conn=0, url="https://rest/v1/instruments?markets=A,B", said="HTTP 404")
+        .ask("https://rest/v1/market/all")
+        .body(1)
+        .ask("https://rest/v1/instruments?markets=A")
+        .body(2),
+        [("rest_failed", 2, 6, None, None, 1, "response")],
+    ),
+    "the book of another symbol": (
+        Script().ask().alarm("rest_failed", conn=0, url=DEPTH_URL, said="HTTP 429").ask(DEPTH_URL.replace("BTC", "ETH")).body(1),
+        [("rest_failed", 2, None, None, None, 1, "")],
     ),
     "no ack": (Script().opened().alarm("no_ack", timeout_s=10), [("no_ack", 2, 2, *[None] * 3, "nothing_lost")]),
     "the venue refuses": (

@@ -7,8 +7,10 @@ import itertools
 import json
 import os
 import re
+import signal
 import threading
 import time
+from multiprocessing import get_context
 
 import pytest
 from rich.console import Console
@@ -120,6 +122,28 @@ def test_frames_that_came_while_the_loop_was_held_up_are_flagged(venue, scripts,
     assert result.late_frames >= len(late) > 0
     assert [f for f in found if f.mono_ns < held[0] and not f.flags]
     assert all(0 <= f.queue_us < 1_000_000 for f in found)
+
+
+def test_a_process_that_was_frozen_flags_what_came_meanwhile(venue, scripts, make_config, frames, tmp_path):
+    server = venue(scripts["upbit"])
+    config = make_config(upbit=server, duration_s=3.0)
+    with get_context("spawn").Pool(1) as pool:
+        recording = pool.apply_async(record, (config,))
+        limit = time.monotonic() + 30
+        while len(server.sent) < 300 and time.monotonic() < limit:
+            time.sleep(0.01)
+        pid = pool._pool[0].pid
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.8)
+        os.kill(pid, signal.SIGCONT)
+        result = recording.get(60)
+    found = [f for f in frames(result.path) if f.kind is FrameKind.MESSAGE]
+    before, after = max(itertools.pairwise(found), key=lambda pair: pair[1].mono_ns - pair[0].mono_ns)
+    assert after.mono_ns - before.mono_ns > 700_000_000
+    backlog = [f for f in found if 0 <= f.mono_ns - after.mono_ns < 50_000_000]
+    assert len(backlog) > 50
+    assert all(f.flags & Flag.LATE for f in backlog)
+    assert result.gaps["loop_stall"] >= 1
 
 
 def test_a_second_recorder_on_the_same_folder_is_refused(venue, scripts, make_config, stop_when):
