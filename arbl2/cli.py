@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -245,7 +246,7 @@ def _log_alarms() -> None:
 
 @app.command(epilog="Example: arbl2 health --tapes tapes --max-silence-s 120")
 def health(
-    tapes: Annotated[Path, typer.Option(help="Folder of recordings.")] = TAPES,
+    tapes: Annotated[str, typer.Option(help="Folder of recordings.", metavar="FOLDER")] = str(TAPES),
     max_age_s: Annotated[float, typer.Option(help="Unhealthy if the recorder's last status is older.")] = 10.0,
     max_silence_s: Annotated[float, typer.Option(help="Unhealthy if a venue has said nothing for longer.")] = 60.0,
     min_free_gib: Annotated[float, typer.Option(help="Unhealthy if less of the disk is free.")] = 1.0,
@@ -254,7 +255,10 @@ def health(
     """Say in one line whether the recorder of a folder is well. Ends with 0 if it is and with 1 if it is not."""
     from arbl2_recorder.health import health as look
 
-    found = look(tapes, max_age_s=max_age_s, max_silence_s=max_silence_s, min_free_bytes=int(min_free_gib * 2**30))
+    for name, value in (("max-age-s", max_age_s), ("max-silence-s", max_silence_s), ("min-free-gib", min_free_gib)):
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"--{name} is {value:g}; it must be a number from 0 on.")
+    found = look(cli_datasets.recordings_here(tapes), max_age_s=max_age_s, max_silence_s=max_silence_s, min_free_bytes=int(min_free_gib * 2**30))
     if as_json:
         _print_json({"healthy": found.healthy, **{name: getattr(found, name) for name in found.__slots__}})
     else:
@@ -291,14 +295,14 @@ def doctor(
 
 @app.command(epilog="Example: arbl2 recover tapes")
 def recover(
-    root: Annotated[Path, typer.Argument(help="Folder of recordings.")] = TAPES,
+    root: Annotated[str, typer.Argument(help="Folder of recordings.", metavar="[FOLDER]")] = str(TAPES),
     as_json: Json = False,
 ) -> None:
     """Restore what a killed recorder left in its log. `arbl2 record` does the same when it starts."""
     from arbl2_recorder import recover as restore
     from arbl2_recorder.report import recovery_report
 
-    reports = restore(root)
+    reports = restore(cli_datasets.recordings_here(root))
     if as_json:
         _print_json([{name: getattr(report, name) for name in report.__slots__} for report in reports])
     else:

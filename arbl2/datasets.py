@@ -9,14 +9,25 @@ import msgspec
 
 from arbl2.errors import TapeError
 from arbl2.places import Place, sizes
-from arbl2.tape import LEDGER, SEGMENTS, TapeReader, ledger, load_manifest, load_shipped, session_place, sessions, unreadable
+from arbl2.tape import (
+    LEDGER,
+    RECORDING,
+    SEGMENTS,
+    TapeReader,
+    ledger,
+    load_manifest,
+    load_shipped,
+    session_place,
+    sessions,
+    unreadable,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from arbl2.tape import Manifest, Shipped
 
-LOCAL, REMOTE, BOTH, PARTLY = "local", "remote", "local + remote", "local + part remote"
+LOCAL, REMOTE, BOTH, PARTLY, DAMAGED = "local", "remote", "local + remote", "local + part remote", "damaged"
 ASKED_AT_ONCE = 8
 DROPPED = "dropped"
 """Cause of a ledger row for messages that the recorder itself had no room for."""
@@ -28,7 +39,8 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
     ``start_ns`` is the session's clock anchor and ``end_ns`` the last sealed frame. ``frames`` are all sealed ones, ``messages``
     those that venues sent, ``gaps`` the rows of its ledger, ``dropped`` the messages that the recorder had no room for.
     ``raw_bytes`` are payloads as received, ``sealed_bytes`` the segments. ``kept`` says where the segments are: LOCAL, REMOTE
-    (listed from a URL, or shipped to ``copy`` and deleted here), BOTH, or PARTLY (some of them were shipped so far).
+    (listed from a URL, or shipped to ``copy`` and deleted here), BOTH, PARTLY (some of them were shipped so far), or DAMAGED: a
+    segment is neither here in its size nor in the copy, and ``damage`` names it. That looks at sizes only; ``verify`` reads.
     ``problem`` is "" unless the session cannot be read; the other fields say nothing then.
     """
 
@@ -46,6 +58,7 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
     sealed_bytes: int = 0
     kept: str = ""
     copy: str = ""
+    damage: str = ""
     problem: str = ""
 
     @property
@@ -72,7 +85,7 @@ def dataset(session: Path | str) -> Dataset:
 def _dataset(folder: Place) -> Dataset:
     manifest = load_manifest(folder)
     segments = manifest.segments
-    copy = load_shipped(folder.local) if folder.local is not None else None
+    kept, copy, damage = _kept(folder, manifest)
     gaps, dropped = _gaps(folder)
     counted = bool(segments) and all(segment.payload_bytes for segment in segments)
     return Dataset(
@@ -88,8 +101,9 @@ def _dataset(folder: Place) -> Dataset:
         dropped=dropped,
         raw_bytes=sum(segment.payload_bytes for segment in segments) if counted else None,
         sealed_bytes=sum(segment.bytes for segment in segments),
-        kept=_kept(folder, manifest, copy),
+        kept=kept,
         copy=copy.url if copy is not None else "",
+        damage=damage,
     )
 
 
@@ -105,22 +119,52 @@ def _gaps(folder: Place) -> tuple[int | None, int | None]:
     return len(rows), sum(row["missed"] or 0 for row in rows if row["cause"] == DROPPED)
 
 
-def _kept(folder: Place, manifest: Manifest, copy: Shipped | None) -> str:
-    names = [f"{SEGMENTS}/{segment.file}" for segment in manifest.segments]
+def _kept(folder: Place, manifest: Manifest) -> tuple[str, Shipped | None, str]:
+    """Where the segments are, their copy, and what is missing in both."""
     if folder.local is None:
-        return REMOTE
+        return REMOTE, None, ""
+    # First what is here, then what was shipped: a segment is deleted after its copy was written down.
+    found = _sizes(folder, manifest)
+    copy = load_shipped(folder.local)
+    files = copy.files if copy is not None else {}
+    away = 0
+    shipped = 0
+    for segment, size in zip(manifest.segments, found, strict=True):
+        there = files.get(f"{SEGMENTS}/{segment.file}") == segment.sha256
+        shipped += there
+        away += size is None
+        if size != segment.bytes and not (size is None and there):
+            lies = "is missing" if size is None else f"has {size:,} bytes instead of {segment.bytes:,}"
+            return DAMAGED, copy, f"{SEGMENTS}/{segment.file} {lies}. Restore it from a copy of the recording."
     if copy is None:
-        return LOCAL
-    if all(copy.files.get(name) == segment.sha256 for name, segment in zip(names, manifest.segments, strict=True)):
-        try:
-            here = all(size is not None for size in sizes([folder / name for name in names]))
-        except OSError as error:
-            raise unreadable(folder, error) from None
-        return BOTH if here else REMOTE
-    return PARTLY
+        return LOCAL, None, ""
+    if shipped < len(manifest.segments):
+        return PARTLY, copy, ""
+    return (REMOTE if away else BOTH), copy, ""
 
 
-def verify(session: Path | str) -> None:
-    """Read every byte of a session and compare with its manifest; read its ledger. Raises TapeError naming what differs."""
+def _sizes(folder: Place, manifest: Manifest) -> list[int | None]:
+    try:
+        return sizes([folder / SEGMENTS / segment.file for segment in manifest.segments])
+    except OSError as error:
+        raise unreadable(folder, error) from None
+
+
+def verify(session: Path | str) -> str:
+    """Read every byte of a session and compare with its manifest; read its ledger. Raises TapeError naming what differs.
+
+    Returns what was not read, in words: "" if that is nothing.
+    """
+    folder = session_place(session)
+    manifest = load_manifest(folder)
+    kept, copy, _ = _kept(folder, manifest)
+    away = [segment for segment, size in zip(manifest.segments, _sizes(folder, manifest), strict=True) if size is None]
+    if kept != DAMAGED and copy is not None and away:
+        if kept == REMOTE:
+            return f"not read: segments are at {copy.url}; use --copies"
+        return f"not read: {len(away):,} segments are at {copy.url} only; `arbl2 datasets verify '{copy.url}'` reads them"
     TapeReader(session).verify_hashes()
     ledger(session)
+    if manifest.state == RECORDING:
+        return f"killed or being recorded: {len(manifest.segments):,} segments are whole, the log was not read"
+    return ""

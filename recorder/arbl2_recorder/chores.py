@@ -31,10 +31,15 @@ class Chores:
         self._root = root
         self._latest = latest
         self._retention = retention
+        self._prune_ns = 0
         self._over = threading.Event()
         self.disk_free_bytes: int | None = None
         self._thread = threading.Thread(target=self._run, name="arbl2-chores", daemon=True)
         self._thread.start()
+
+    def prune_soon(self) -> None:
+        """A session has ended: others may go now."""
+        self._prune_ns = 0
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Write the last status, and stop."""
@@ -42,7 +47,7 @@ class Chores:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        pause_s, over, prune_ns = 0.1, False, 0
+        pause_s, over = 0.1, False
         while not over:
             over, pause_s = self._over.wait(pause_s), EVERY_S
             try:
@@ -52,8 +57,8 @@ class Chores:
             status = self._latest()
             if status is not None:
                 write_status(self._root, status)
-            if self._retention is not None and clock.mono_ns() >= prune_ns:
-                prune_ns = clock.mono_ns() + PRUNE_NS
+            if self._retention is not None and clock.mono_ns() >= self._prune_ns:
+                self._prune_ns = clock.mono_ns() + PRUNE_NS
                 # Comparing a copy far away may take minutes, in which the status must not grow old.
                 threading.Thread(target=self._prune, args=(self._retention,), name="arbl2-prune", daemon=True).start()
 

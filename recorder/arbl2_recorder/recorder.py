@@ -158,6 +158,7 @@ class _Run:
                 asyncio.to_thread(self._close, ended, self._notes(f"goes on in {files.path.name}"))
             )
             await asyncio.shield(self._closing)
+            self._chores.prune_soon()
 
     def _close(self, files: SessionFiles, notes: list[str]) -> None:
         files.close(notes)

@@ -41,7 +41,9 @@ def result_report(result: RecordResult) -> RenderableType:
     delay = result.queue
     delays = f"p50 {delay.p50_us / 1e3:.2f}, p99 {delay.p99_us / 1e3:.2f}, max {delay.max_us / 1e3:.2f} ms"
     lines.append(f"from arrival to seq: {delays}; {_number(result.late_frames, 'frame')} came late (the loop was stalled)")
-    lines += [f"{venue} sent nothing: `arbl2 doctor` says whether it can be reached" for venue, n in result.messages.items() if not n]
+    lines += [
+        f"{venue} sent nothing: `arbl2 doctor` says whether it can be reached" for venue, n in result.messages.items() if not n
+    ]
     if any(result.reconnects.values()):
         lines.append("reconnects: " + _counts(result.reconnects))
     if result.gaps:

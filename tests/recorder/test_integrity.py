@@ -17,6 +17,7 @@ from arbl2_recorder.integrity import (
     ANCHOR_NS,
     ASK_NS,
     LEARN_NS,
+    MOST_FAILURES,
     MOST_STREAMS,
     SILENT_NS,
     STALE_MS,
@@ -606,6 +607,16 @@ def test_a_diff_stream_full_of_holes_keeps_the_last_ones():
     gaps = inspect(script)
     assert [gap.first_id for gap in gaps] == list(range(3, 1399, 2))
     assert {gap.healed_by for gap in gaps} == {Heal.OPEN}
+
+
+def test_requests_that_fail_without_end_take_no_memory_without_end():
+    script = Script()
+    for n in range(MOST_FAILURES + 50):
+        script.alarm("rest_failed", conn=0, url=f"https://rest/{n}", said="HTTP 500")
+    inspector = Inspector()
+    given_up = inspector.inspect(block_of(script.frames))
+    assert [gap.start_seq for gap in [*given_up, *inspector.finish()]] == list(range(1, MOST_FAILURES + 51))
+    assert (len(given_up), {gap.healed_by for gap in given_up}) == (50, {Heal.OPEN})
 
 
 SYNTH = SynthConfig(seed=3, duration_s=150.0)
