@@ -258,7 +258,12 @@ def health(
     for name, value in (("max-age-s", max_age_s), ("max-silence-s", max_silence_s), ("min-free-gib", min_free_gib)):
         if not 0 <= value < math.inf:
             raise ConfigError(f"--{name} is {value:g}; it must be a number from 0 on.")
-    found = look(cli_datasets.recordings_here(tapes), max_age_s=max_age_s, max_silence_s=max_silence_s, min_free_bytes=int(min_free_gib * 2**30))
+    found = look(
+        cli_datasets.recordings_here(tapes),
+        max_age_s=max_age_s,
+        max_silence_s=max_silence_s,
+        min_free_bytes=int(min_free_gib * 2**30),
+    )
     if as_json:
         _print_json({"healthy": found.healthy, **{name: getattr(found, name) for name in found.__slots__}})
     else:

@@ -147,17 +147,10 @@ def ship(
     if as_json:
         cli._print_json([{name: getattr(report, name) for name in report.__slots__} for report in reports])
         return
-    rows = [
-        (
-            report.session,
-            f"{report.segments:,}",
-            f"{report.files:,}",
-            _size(report.bytes),
-            f"{report.deleted:,}",
-            "whole" if report.whole else "so far",
-        )
-        for report in reports
-    ]
+    rows = []
+    for report in reports:
+        sent = (f"{report.segments:,}", f"{report.files:,}", _size(report.bytes))
+        rows.append((report.session, *sent, f"{report.deleted:,}", "whole" if report.whole else "so far"))
     cli._show(_table(f"Shipped to {url}", ("session", "segments sent", "files", "size", "deleted here", "copy"), rows))
 
 

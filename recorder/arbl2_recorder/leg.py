@@ -259,8 +259,7 @@ class Leg:
             link.check(now_ns, self._config.snapshot_timeout_s, self._age_s)
             self.delivered = self.delivered or link.first_data_ns > 0
             silent_s = link.silent_s(now_ns)
-            # Quiet markets exist: what has been silent for long before, and spoke again, is given longer.
-            if silent_s > max(self._config.stall_s, 2 * seconds(link.longest_gap_ns)):
+            if silent_s > self._config.stall_s:
                 self._session.alarm("stalled", venue=self.feed.venue, conn=link.conn, silent_s=round(silent_s, 3))
                 link.problem = "stalled"
                 del self._sockets[link.conn]

@@ -123,7 +123,10 @@ def test_a_folder_that_will_not_do(tmp_path):
 
 def test_a_folder_in_use_and_one_to_be_made(tmp_path):
     with RootLock(tmp_path / "tapes"):
-        assert f"process {os.getpid()}" in by_name(examine(tmp_path / "tapes", Endpoints(), ()))["folder"].found
+        folder = by_name(examine(tmp_path / "tapes", Endpoints(), ()))["folder"]
+        assert f"process {os.getpid()}" in folder.found
+        assert folder.state == "warn"
+        assert folder.advice
     checks = by_name(examine(tmp_path / "new" / "tapes", Endpoints(), ()))
     assert "will be made" in checks["folder"].found
     assert checks["folder"].state == "ok"
@@ -153,6 +156,7 @@ def test_the_table_fits_a_narrow_terminal():
     advice = "check the network, a proxy or firewall, and the endpoint options, all of them"
     checks = [Check("binance socket", "fail", "x" * 200 + "\x1b[31m\n", advice), Check("clock", "ok", "fine")]
     Console(file=said, width=80).print(doctor_report(checks))
+    assert said.getvalue().count("x") == 200 + advice.count("x")
     assert "\x1b" not in said.getvalue()
     assert max(map(len, said.getvalue().splitlines())) <= 80
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arbl2.errors import ConfigError
+from arbl2.errors import ConfigError, TapeError
 from arbl2.tape import LOG, MANIFEST, SEGMENTS, TapeReader, load_manifest, save_manifest, sessions
 from arbl2_recorder.retention import ASIDE, DAY_NS, Held, Retention, prune, survey
 from arbl2_recorder.ship import session_lock, ship_session
@@ -164,6 +164,11 @@ def test_a_session_put_aside_is_none_and_goes_with_the_next_call(root):
     assert [path.name for path in sessions(root)] == ["b", "c", "d"]
     assert prune(root, Retention(), now_ns=NOW_NS) == []
     assert names(root) == ["b", "c", "d"]
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path):
+    with pytest.raises(TapeError, match="there is no folder"):
+        prune(tmp_path / "none", Retention(keep_days=1), now_ns=NOW_NS)
 
 
 def test_a_session_being_shipped_is_left_alone(root):

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -441,7 +442,8 @@ def test_a_shipper_follows_what_is_sealed(store, session, name, tmp_path):
     finally:
         shipper.close()
     assert not any(thread.name == "arbl2-ship" for thread in threading.enumerate())
-    assert (shipper.problem, shipper.files) == ("", 15)
+    assert (shipper.files, shipper.segments) == (15, 6)
+    assert re.fullmatch(r"broken is not shipped: .*000001.parquet does not match its manifest.*", shipper.problem)
     assert TapeReader(store.url(f"shipper/{name}")).manifest.state == "sealed"
     assert [frame.seq for frame in TapeReader(store.url(f"shipper/{name}")).frames()] == list(range(1, 7))
     assert local(broken) == ["000001.parquet"]
@@ -459,6 +461,51 @@ def test_a_shipper_outlives_a_store_that_does_not_take_it(session, tmp_path):
     finally:
         shipper.close()
     assert shipper.problem == ""
+
+
+def test_a_shipper_tries_a_session_again_that_was_ill(session, tmp_path):
+    path = session / SEGMENTS / "000002.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"!")
+    later = add_segments(tmp_path / "tapes" / "later", 1)
+    shipper = Shipper(tmp_path / "tapes", str(tmp_path / "far"), every_s=0.02)
+    try:
+        wait_for(lambda: is_shipped(later) and shipper.problem)
+        assert session.name in shipper.problem
+        path.write_bytes(whole)
+        wait_for(lambda: is_shipped(session) and not shipper.problem)
+    finally:
+        shipper.close()
+    assert (shipper.segments, shipper.files) == (4, 10)
+
+
+def test_a_shipper_leaves_a_session_that_is_held_to_others(session, tmp_path):
+    os.utime(session / MANIFEST, (1, 1))  # the older one is looked at first
+    later = add_segments(tmp_path / "tapes" / "later", 1)
+    with session_lock(session):
+        shipper = Shipper(tmp_path / "tapes", str(tmp_path / "far"), every_s=0.02)
+        try:
+            wait_for(lambda: is_shipped(later))
+            assert shipper.problem == ""
+            assert not is_shipped(session)
+        except BaseException:
+            shipper.close()
+            raise
+    try:
+        wait_for(lambda: is_shipped(session))
+    finally:
+        shipper.close()
+
+
+def test_a_recording_in_the_way_over_there_holds_up_no_other(session, tmp_path):
+    ship_session(add_segments(tmp_path / "other" / session.name, 1, payload=10), str(tmp_path / "far"))
+    os.utime(session / MANIFEST, (1, 1))
+    later = add_segments(tmp_path / "tapes" / "later", 1)
+    shipper = Shipper(tmp_path / "tapes", str(tmp_path / "far"), every_s=0.02)
+    try:
+        wait_for(lambda: is_shipped(later) and "another recording of that name" in shipper.problem)
+    finally:
+        shipper.close()
 
 
 def test_a_shipper_takes_no_core_from_the_sockets(session, tmp_path):

@@ -18,11 +18,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from arbl2.cli import app
 from arbl2.errors import ConfigError
 from arbl2_recorder import RecordResult, Status, VenueStatus, clock, record
 from arbl2_recorder.clock import ClockOffset
 from arbl2_recorder.health import STATUS_FILE, health, holder, write_status
+from arbl2_recorder.ledger import Cause
 from arbl2_recorder.live import Aside, JsonLines, LiveView, render
 from arbl2_recorder.metrics import Metrics
 from arbl2_recorder.report import result_report
@@ -167,12 +170,18 @@ def test_the_result_fits_80_columns_and_says_what_was_noticed():
     text = " ".join(shown.split())
     for words in (
         "p50 0.15, p99 2.50, max 40.00 ms",
-        "6 frames came while",
+        "6 frames came late",
         "reconnects: upbit 2, binance 11",
         "gaps: reconnect 2, sequence 1",
         "alarms: clock_step 1",
     ):
         assert words in text, words
+    few = replace(RESULT, payload_bytes=2_048, sealed_bytes=1_024, late_frames=1, messages={"upbit": 5, "binance": 0})
+    told = " ".join(drawn(result_report(replace(few, sessions=("a", "b", "c")))).split())
+    assert "2.0 KiB raw, 1.0 KiB sealed, 2.0 times smaller, in 3 sessions" in told
+    assert "1 frame came late" in told
+    assert "binance sent nothing" in told
+    assert "upbit sent nothing" not in told
     quiet = drawn(result_report(replace(RESULT, gaps={}, reconnects={"upbit": 0})))
     assert "gaps" not in quiet
     assert "reconnects" not in quiet
@@ -306,8 +315,30 @@ def test_what_the_machine_does_not_say_is_no_metric():
     with Metrics(0) as metrics:
         metrics(replace(STATUS, clock=None, disk_free_bytes=None, gaps={}, streams=()))
         _, values = scraped(metrics.port)
-    assert not any(name.startswith(("arbl2_clock", "arbl2_disk", "arbl2_gaps", "arbl2_messages")) for name in values)
+    assert not any(name.startswith(("arbl2_clock", "arbl2_disk", "arbl2_messages")) for name in values)
     assert values["arbl2_frames_total"] == 1300
+    # but a cause that never came is one that came 0 times
+    assert {name: values.get(f'arbl2_gaps_total{{cause="{name}"}}') for name in Cause} == dict.fromkeys(Cause, 0.0)
+
+
+def test_what_is_not_shipped_is_seen_everywhere(root):
+    reason = "s3://bucket/tapes cannot be used: no route"
+    shown = drawn(render(replace(STATUS, ship_problem=reason)))
+    assert f"NOT shipped: {reason}" in shown
+    assert "NOT shipped" not in drawn(render(STATUS))
+    told = drawn(result_report(replace(RESULT, shipped_segments=1, ship_problem=reason)))
+    assert "shipped: 1 segment\n" in told
+    assert f"NOT shipped: {reason}" in told
+    assert "shipped" not in drawn(result_report(RESULT))
+    with Metrics(0) as metrics:
+        metrics(STATUS)
+        before = scraped(metrics.port)[1]["arbl2_ship_problem"]
+        metrics(replace(STATUS, ship_problem=reason))
+        assert (before, scraped(metrics.port)[1]["arbl2_ship_problem"]) == (0, 1)
+    write_status(root, replace(FRESH, ship_problem=reason))
+    found = health(root, max_age_s=60.0, min_free_bytes=1)
+    assert found.healthy
+    assert found.sentence() == f"healthy: {STATUS.session}; warning: not shipped: {reason}"
 
 
 def test_two_recorders_in_one_process_and_a_port_that_is_taken():
@@ -506,6 +537,14 @@ def test_the_health_command_ends_with_the_answer(root):
     ill = ask("--max-age-s", 60, "--max-silence-s", 0.01)
     assert (ill.returncode, ill.stdout.count("\n")) == (1, 1)
     assert "upbit has been silent" in ill.stdout
+
+
+@pytest.mark.parametrize("option", ["--max-age-s", "--max-silence-s", "--min-free-gib"])
+@pytest.mark.parametrize("value", ["-1", "nan", "inf"])
+def test_a_limit_of_health_that_says_nothing_is_refused(root, option, value):
+    error = CliRunner().invoke(app, ["health", "--tapes", str(root), option, value]).exception
+    assert isinstance(error, ConfigError)
+    assert option in str(error)
 
 
 # --------------------------------------------------------------------------------------------------------------- the manual
