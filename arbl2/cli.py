@@ -300,7 +300,7 @@ def doctor(
 
 @app.command(epilog="Example: arbl2 recover tapes")
 def recover(
-    root: Annotated[str, typer.Argument(help="Folder of recordings.", metavar="[FOLDER]")] = str(TAPES),
+    root: Annotated[str, typer.Argument(help="Folder of recordings.", metavar="FOLDER")] = str(TAPES),
     as_json: Json = False,
 ) -> None:
     """Restore what a killed recorder left in its log. `arbl2 record` does the same when it starts."""

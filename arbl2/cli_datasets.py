@@ -27,8 +27,8 @@ app = typer.Typer(
 GIB = 2**30
 KILLED = "killed"
 """Shown for a session whose manifest says that it is being recorded, while nobody records there."""
-NARROW = 100
-"""Columns of a terminal below which a list leaves out what can be told from the rest."""
+ROOMY, NARROW = 120, 100
+"""Columns of a terminal below which a list is shortened, and leaves out the start, which the name of a session holds."""
 _QUERY = re.compile(r"(\w+://[^\s?]+)\?[^\s;,]+")
 
 Tapes = Annotated[str | None, typer.Option("--tapes", help="Folder or URL of recordings; default: tapes.", metavar="PLACE")]
@@ -94,7 +94,7 @@ def verify(
     A result other than whole that is no error says what was not read.
     """
     from arbl2 import cli
-    from arbl2.datasets import BOTH, REMOTE, dataset
+    from arbl2.datasets import BOTH, REMOTE, dataset, log_not_read
     from arbl2.datasets import verify as verify_here
 
     found: dict[str, dict[str, str]] = {}
@@ -108,7 +108,7 @@ def verify(
                     from arbl2_recorder.ship import verify_copy
 
                     verify_copy(Path(session))
-                    unread = "" if item.kept == REMOTE else unread
+                    unread = log_not_read(session)
                 found[session] = {"problem": "", "unread": unread}
             except Arbl2Error as error:
                 found[session] = {"problem": str(error), "unread": ""}
@@ -139,7 +139,7 @@ def ship(
     from arbl2 import cli
     from arbl2_recorder.ship import ship_session
 
-    found = [folder_here(session) for session in _sessions(names, str(folder_here(_root(context, tapes))))]
+    found = [folder_here(session) for session in _sessions(names, str(recordings_here(_named(context, tapes))))]
     reports = []
     for session in found:
         with cli._progress(f"ship {session.name}") as progress:
@@ -179,7 +179,7 @@ def prune(
     retention = Retention(
         keep_days=keep_days, keep_bytes=None if keep_gib is None else round(keep_gib * GIB), only_shipped=only_shipped
     )
-    pruned = delete(folder_here(_root(context, tapes)), retention, now_ns=clock.stamp()[0], dry_run=dry_run)
+    pruned = delete(recordings_here(_named(context, tapes)), retention, now_ns=clock.stamp()[0], dry_run=dry_run)
     if as_json:
         cli._print_json([{name: getattr(item, name) for name in item.__slots__} for item in pruned])
     elif pruned:
@@ -227,8 +227,9 @@ def folder_here(where: str) -> Path:
 
 def recordings_here(where: str) -> Path:
     """A folder of this machine that holds recordings. Raises ConfigError for a URL, and for a recording itself."""
+    folder = folder_here(where)
     _not_a_session(where)
-    return folder_here(where)
+    return folder
 
 
 def _not_a_session(root: str) -> None:
@@ -246,9 +247,13 @@ def _not_a_session(root: str) -> None:
 
 def _root(context: typer.Context, tapes: str | None) -> str:
     """``--tapes`` of the command, or of the group before it. Raises ConfigError for a recording itself."""
-    root: str = tapes or context.obj or "tapes"
+    root = _named(context, tapes)
     _not_a_session(root)
     return root
+
+
+def _named(context: typer.Context, tapes: str | None) -> str:
+    return tapes or context.obj or "tapes"
 
 
 def _sessions(names: Sequence[str] | None, root: str) -> list[str]:
@@ -274,11 +279,12 @@ class DatasetTable:
         """For rich."""
         from rich.text import Text
 
-        narrow = options.max_width < NARROW
-        left_out = ("start (UTC)", "raw") if narrow else ()
-        rows = [{name: text for name, text in _dataset_row(item).items() if name not in left_out} for item in self._found]
-        head = tuple(rows[0])
-        yield _table(self._title, head, [tuple(row.values()) for row in rows], folded=("venues", "kept"), gap=1 if narrow else 2)
+        short = options.max_width < ROOMY
+        left_out = ("start (UTC)",) * (options.max_width < NARROW) + ("raw",) * short
+        rows = [_dataset_row(item, short=short) for item in self._found]
+        head = [name for name in rows[0] if name not in left_out]
+        shown = [[row[name] for name in head] for row in rows]
+        yield _table(self._title, head, shown, folded=("kept",), gap=1)
         for item in self._found:
             if item.problem or item.damage:
                 yield Text(f"{item.session}: {item.problem or item.damage}", style="red")
@@ -286,18 +292,20 @@ class DatasetTable:
                 yield Text(f"{item.session}: {item.dropped:,} messages were dropped for want of room", style="yellow")
 
 
-def _dataset_row(item: Dataset) -> dict[str, str]:
+def _dataset_row(item: Dataset, *, short: bool) -> dict[str, str]:
     from arbl2.tape import RECORDING
 
     ill = bool(item.problem)
     # what a log holds is not counted before it is sealed
-    frames = "-" if ill or item.state in (RECORDING, KILLED) else f"{item.frames:,}"
+    frames = f"{item.frames / 1e6:,.1f} M" if short and item.frames >= 10**6 else f"{item.frames:,}"
+    if ill or item.state in (RECORDING, KILLED):
+        frames = "-"
     return {
         "session": item.session,
         "state": "ill" if ill else item.state,
         "start (UTC)": _utc(item.start_ns),
         "lasted": _duration(item.duration_s),
-        "venues": ", ".join(f"{venue} {len(names)}" for venue, names in item.instruments.items()),
+        "venues": ",\n".join(f"{venue} {len(names)}" for venue, names in item.instruments.items()),
         "frames": frames,
         "gaps": "-" if item.gaps is None else f"{item.gaps:,}",
         "raw": _size(item.raw_bytes),

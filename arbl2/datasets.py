@@ -165,6 +165,12 @@ def verify(session: Path | str) -> str:
         return f"not read: {len(away):,} segments are at {copy.url} only; `arbl2 datasets verify '{copy.url}'` reads them"
     TapeReader(session).verify_hashes()
     ledger(session)
-    if manifest.state == RECORDING:
-        return f"killed or being recorded: {len(manifest.segments):,} segments are whole, the log was not read"
-    return ""
+    return log_not_read(folder)
+
+
+def log_not_read(session: Place | Path | str) -> str:
+    """What is to be said of a session whose segments are whole: "" unless there may be frames in its log. Raises TapeError."""
+    manifest = load_manifest(session)
+    if manifest.state != RECORDING:
+        return ""
+    return f"killed or being recorded: {len(manifest.segments):,} segments are whole, the log was not read"

@@ -80,7 +80,7 @@ def recovery_report(reports: Sequence[RecoveryReport]) -> RenderableType:
     table = Table(title="Recovered", title_justify="left")
     # generated names fit any terminal; a longer one is folded rather than cut
     table.add_column("session", no_wrap=all(len(report.session) <= _NAME_WIDTH for report in reports), overflow="fold")
-    for name in ("from log", "sealed before", "torn bytes"):
+    for name in ("from log", "sealed", "torn bytes"):
         table.add_column(name, justify="right")
     table.add_column("problem", overflow="fold")
     for report in reports:

@@ -228,7 +228,7 @@ def test_the_list_fits_80_columns(root):
     shown = console.file.getvalue()
     assert max(map(len, shown.splitlines())) <= 80
     text = " ".join(shown.split())
-    assert re.search(rf"{name} sealed 0:00:00 upbit \d,? .*12 - .* KiB local", text)
+    assert re.search(rf"{name} sealed 0:00:00 binance \d, 12 - .* KiB local", text)
     assert "start" not in text
     assert "plain: segments/000001.parquet is missing. Restore it" in text
     assert re.search(r"ill: .*cannot be read", text)
