@@ -211,12 +211,12 @@ def _endpoints(**urls: str | None) -> Any:
 
 def _record(config: Any, *, as_json: bool, metrics: int | None = None) -> Any:
     from arbl2_recorder import LiveView, record
-    from arbl2_recorder.live import Aside, JsonLines
+    from arbl2_recorder.live import Aside, JsonLines, alarms_to_stderr
     from arbl2_recorder.report import result_report
 
     lines = JsonLines(sys.stdout.fileno()) if as_json else None
     if as_json or not sys.stderr.isatty():
-        _log_alarms()
+        alarms_to_stderr()
     with ExitStack() as stack:
         viewers: list[Any] = [lines or stack.enter_context(LiveView())]
         if metrics is not None:
@@ -230,18 +230,6 @@ def _record(config: Any, *, as_json: bool, metrics: int | None = None) -> Any:
     else:
         _show(result_report(result))
     return result
-
-
-def _log_alarms() -> None:
-    """Nobody sees a live view: alarms go to stderr, one a line, as a journal wants them."""
-    import logging
-    import time
-
-    form = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-    form.converter = time.gmtime
-    handler = logging.StreamHandler()
-    handler.setFormatter(form)
-    logging.getLogger("arbl2").addHandler(handler)
 
 
 @app.command(epilog="Example: arbl2 health --tapes tapes --max-silence-s 120")

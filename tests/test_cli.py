@@ -18,7 +18,7 @@ from arbl2.tape import TapeReader, load_manifest, save_manifest, sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TAPE = ROOT / "datasets" / "golden" / "two-venue-60s" / "tape"
-COMMANDS = ("record", "recover", "replay", "calibrate", "import", "serve", "demo")
+COMMANDS = ("record", "health", "doctor", "datasets", "recover", "replay", "calibrate", "import", "serve", "demo")
 
 
 def arbl2(*arguments, cwd, **environment):

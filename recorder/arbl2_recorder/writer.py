@@ -68,7 +68,7 @@ class LogWriter:
         on_error: Callable[[StorageError], None],
     ) -> None:
         self._session_dir = session_dir
-        # Two fifths of the interval are left for a busy machine and the write itself, so that the age of what a kill costs stays within it.
+        # Two fifths of the interval are left for a busy machine and for the write: what a kill costs stays within it.
         self._flush_ns = flush_ms * 600_000
         self._fsync = fsync
         self._segment_ns = segment_seconds * 1_000_000_000
