@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from arbl2.config import amount_e8, ns_of_ms, ppm_of_bps, starting_coins_e8
 from arbl2.errors import ConfigError
-from arbl2.events import DECISION_DTYPE, FILL_DTYPE
 from arbl2.frames import BINANCE, UPBIT, VENUES, ExchangeId
-from arbl2.kernels import BOOK_STATE, CONFIG, COUNTERS, EATEN_CAP, GAP_MS, GAP_S, PAIR_STATE, VIEW
+from arbl2.jit import as_record
+from arbl2.kernels import AUTO, CHANGES_ONLY, SIZES, WINDOW_ONLY, state_dtype
 from arbl2.providers import PROVIDERS
 from arbl2.rules import binance_rules, pair_rules
-from arbl2.updates import MAX_LEVELS
+from arbl2.updates import MAX_LEVELS, UpdateBlock
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from arbl2.providers import Instrument
     from arbl2.rules import BinanceRules
 
-ORDER_SLOTS = 512
-EVENT_ROWS = 8_192
-FX_INSTRUMENT = "KRW-USDT"
+QUOTES = {ExchangeId.UPBIT: "KRW", ExchangeId.BINANCE: "USDT"}
+"""The currency that pairs are priced in on each venue."""
+_DEPTH = {"auto": AUTO, "partial": WINDOW_ONLY, "diff": CHANGES_ONLY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,16 @@ class Universe:
 
     @classmethod
     def of(cls, names: Mapping[str, Sequence[str]], symbols: Sequence[str]) -> Universe:
-        """From instrument names by venue, in sorted order. Raises ConfigError for a symbol that a venue lacks."""
+        """From instrument names by venue, in sorted order. Raises ConfigError for a symbol that a venue lacks.
+
+        With ``symbols``, only their books and the KRW-USDT book are kept.
+        """
         instruments: list[Instrument] = [
             PROVIDERS[venue].instrument(name) for venue in ExchangeId for name in sorted(dict.fromkeys(names.get(venue, ())))
         ]
+        if symbols:
+            wanted = {*symbols, "USDT"}
+            instruments = [i for i in instruments if i.base in wanted and i.quote == QUOTES[i.venue]] or instruments
         at = {(i.venue, i.base, i.quote): k for k, i in enumerate(instruments)}
         upbit = {base: k for (venue, base, quote), k in at.items() if venue == ExchangeId.UPBIT and quote == "KRW"}
         binance = {base: k for (venue, base, quote), k in at.items() if venue == ExchangeId.BINANCE and quote == "USDT"}
@@ -74,22 +80,36 @@ class Universe:
         return {i.name: k for k, i in enumerate(self.instruments) if i.venue == venue}
 
 
-@dataclass(slots=True)
 class State:
-    """Every array the loop reads and writes. ``B`` books, ``P`` pairs, ``L`` levels a side.
+    """What the loop works on: views of one record of ``kernels.state_dtype``, cut to the books and pairs that there are.
 
-    ``px``, ``qty``: int64[B, 2, L] (side 0 bids, 1 asks, best first); ``counts``: int64[B, 2, 2], levels displayed and takes
-    remembered by side; ``eaten``: int64[B, 2, takes, 3] (price, size, last displayed); ``gaps``: int64[B, buckets];
-    ``taken``: int64[orders, L, 2], what each order in the table took;
-    ``balance``, ``locked``: int64[3, 1 + P] by venue code, column 0 the quote currency, column 1 + k the coin of pair k.
+    Kernels get ``record``; without the compiler this object stands in for it.
     """
 
+    def __init__(self, books: int, pairs: int) -> None:
+        size = next((size for size in SIZES if books <= size and pairs <= size // 2), 0)
+        if not size:
+            raise ConfigError(f"{books:,} books are more than the {SIZES[-1]:,} of one run. Choose with --symbols.")
+        records = np.zeros(1, state_dtype(size))
+        self.record: Any = as_record(records, self)
+        self.u = UpdateBlock(records["u"])
+        rows = {**dict.fromkeys(_OF_BOOKS, books), "pairs": pairs}
+        for name in records.dtype.names or ():
+            if name != "u":
+                setattr(self, name, records[name][0][: rows.get(name)])
+        self.balance, self.locked = self.balance[:, : 1 + pairs], self.locked[:, : 1 + pairs]
+        self.counters["books"], self.counters["pairs"] = books, pairs
+
     books: NDArray[Any]
-    counts: NDArray[np.int64]
-    px: NDArray[np.int64]
-    qty: NDArray[np.int64]
+    window: NDArray[np.int64]
     eaten: NDArray[np.int64]
     gaps: NDArray[np.int64]
+    rung_px: NDArray[np.int64]
+    rung_qty: NDArray[np.int64]
+    rung_from: NDArray[np.uint8]
+    held: NDArray[Any]
+    held_px: NDArray[np.int64]
+    held_qty: NDArray[np.int64]
     pairs: NDArray[Any]
     config: NDArray[Any]
     balance: NDArray[np.int64]
@@ -100,60 +120,115 @@ class State:
     counters: NDArray[Any]
     decisions: NDArray[Any]
     fills: NDArray[Any]
-    view: NDArray[Any]
+    seen: NDArray[Any]
     ask: NDArray[np.int64]
-    opening: NDArray[np.int64] = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.opening = self.balance.copy()
 
-    @classmethod
-    def build(cls, universe: Universe, config: RunConfig) -> State:
-        """Fresh state: empty books, opening balances, the rules that the configuration or arbl2 knows. Raises ConfigError."""
-        n, p = len(universe.instruments), len(universe.symbols)
-        books = np.zeros(max(n, 1), BOOK_STATE)
-        books["pair"] = -1
-        for k, instrument in enumerate(universe.instruments):
-            books[k]["venue"] = VENUES.index(instrument.venue)
-        if universe.fx_book >= 0:
-            books[universe.fx_book]["is_fx"] = 1
-        pairs = np.zeros(p, PAIR_STATE)
-        balance = np.zeros((3, 1 + p), np.int64)
-        balance[UPBIT, 0] = amount_e8("paper.upbit_krw", config.paper.upbit_krw)
-        balance[BINANCE, 0] = amount_e8("paper.binance_usdt", config.paper.binance_usdt)
-        flat = _flat_config(universe, config)
-        for k, symbol in enumerate(universe.symbols):
-            row = pairs[k]
-            row["upbit_book"], row["binance_book"] = universe.upbit_books[k], universe.binance_books[k]
-            row["size_krw_e8"] = amount_e8("policy.size_krw", config.policy.size_krw)
-            row["max_position_krw_e8"] = amount_e8("policy.max_position_krw", config.policy.max_position_krw)
-            row["entry_bps"] = config.policy.entry_bps
-            row["exit_bps"] = config.policy.tp_bps - config.policy.entry_bps
-            balance[UPBIT, 1 + k], balance[BINANCE, 1 + k] = starting_coins_e8(config.paper, symbol)
-            books[universe.upbit_books[k]]["pair"] = books[universe.binance_books[k]]["pair"] = k
-        set_rules(pairs, universe, config, {})
-        counters = np.zeros(1, COUNTERS)
-        counters["next_due_ns"] = 2**62
-        return cls(
-            books=books,
-            counts=np.zeros((len(books), 2, 2), np.int64),
-            px=np.zeros((len(books), 2, MAX_LEVELS), np.int64),
-            qty=np.zeros((len(books), 2, MAX_LEVELS), np.int64),
-            eaten=np.zeros((len(books), 2, EATEN_CAP, 3), np.int64),
-            gaps=np.zeros((len(books), GAP_MS + GAP_S), np.int64),
-            pairs=pairs,
-            config=flat,
-            balance=balance,
-            locked=np.zeros_like(balance),
-            orders=np.zeros(ORDER_SLOTS, FILL_DTYPE),
-            order_state=np.zeros((ORDER_SLOTS, 4), np.int64),
-            taken=np.zeros((ORDER_SLOTS, MAX_LEVELS, 2), np.int64),
-            counters=counters,
-            decisions=np.zeros(EVENT_ROWS + p, DECISION_DTYPE),
-            fills=np.zeros(EVENT_ROWS, FILL_DTYPE),
-            view=np.zeros(1, VIEW),
-            ask=np.zeros(4, np.int64),
-        )
+_OF_BOOKS = (
+    "books", "window", "eaten", "gaps", "rung_px", "rung_qty", "rung_from", "held", "held_px", "held_qty",
+)  # fmt: skip
+
+
+def new_state(universe: Universe, config: RunConfig) -> State:
+    """Fresh state: empty books, opening balances, the rules that the configuration or arbl2 knows. Raises ConfigError."""
+    n, p = len(universe.instruments), len(universe.symbols)
+    state = State(n, p)
+    books, pairs, balance, counters = state.books, state.pairs, state.balance, state.counters
+    books["pair"] = -1
+    for k, instrument in enumerate(universe.instruments):
+        books[k]["venue"] = VENUES.index(instrument.venue)
+    if universe.fx_book >= 0:
+        books[universe.fx_book]["is_fx"] = 1
+    balance[UPBIT, 0] = amount_e8("paper.upbit_krw", config.paper.upbit_krw)
+    balance[BINANCE, 0] = amount_e8("paper.binance_usdt", config.paper.binance_usdt)
+    _set_config(state.config[0], universe, config)
+    for k, symbol in enumerate(universe.symbols):
+        row = pairs[k]
+        row["upbit_book"], row["binance_book"] = universe.upbit_books[k], universe.binance_books[k]
+        row["size_krw_e8"] = amount_e8("policy.size_krw", config.policy.size_krw)
+        row["max_position_krw_e8"] = amount_e8("policy.max_position_krw", config.policy.max_position_krw)
+        row["entry_bps"] = config.policy.entry_bps
+        row["exit_bps"] = config.policy.tp_bps - config.policy.entry_bps
+        balance[UPBIT, 1 + k], balance[BINANCE, 1 + k] = starting_coins_e8(config.paper, symbol)
+        books[universe.upbit_books[k]]["pair"] = books[universe.binance_books[k]]["pair"] = k
+    set_rules(pairs, universe, config, {})
+    counters["next_due_ns"] = 2**62
+    counters["asked"] = -1
+    ours = [k for k, instrument in enumerate(universe.instruments) if instrument.venue == ExchangeId.BINANCE]
+    if len(ours) == 1:  # captures of others do not say what they asked for, but of one instrument there is no doubt
+        counters["asked"][0, BINANCE] = ours[0]
+    state.window[:, :, 0] = np.arange(n * 2).reshape(-1, 2) * MAX_LEVELS
+    return state
+
+
+def window(state: State, book: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Displayed levels of one side (0 bids, 1 asks), best first: prices and sizes, views."""
+    at, n = int(state.window[book, side, 0]), int(state.window[book, side, 1])
+    return state.u.px_e8[at : at + n], state.u.qty_e8[at : at + n]
+
+
+def best_px_e8(state: State, book: int, side: int) -> int:
+    """Best displayed price of a side, 0 if there is none."""
+    px, _ = window(state, book, side)
+    return int(px[0]) if len(px) else 0
+
+
+def ladder(state: State, book: int, side: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]:
+    """Every known level of a book that is built from depth changes, best first: prices, sizes, ``LevelFrom``; views.
+
+    Empty for a book that is made of whole windows.
+    """
+    n = 0 if state.books[book]["windowed"] else int(state.books[book]["rungs"][side])
+    return tuple(rungs[book, side, :n][::-1] for rungs in (state.rung_px, state.rung_qty, state.rung_from))  # type: ignore[return-value]
+
+
+_BOOKS = ("books", "window", "eaten", "gaps")
+_RUN = ("pairs", "balance", "locked", "orders", "order_state", "taken", "counters")
+_RUNGS = ("rung_px", "rung_qty", "rung_from")
+
+
+def pack_books(state: State) -> dict[str, NDArray[Any]]:
+    """Copies of everything that the books are. Windows must be at home (``kernels.come_home``)."""
+    home = len(state.books) * 2 * MAX_LEVELS
+    packed = {name: getattr(state, name).copy() for name in _BOOKS}
+    packed["px"], packed["qty"] = state.u.px_e8[:home].copy(), state.u.qty_e8[:home].copy()
+    for k, book in enumerate(state.books):
+        n, rows, levels = int(book["rungs"].max()), int(book["held_rows"]), int(book["held_levels"])
+        if n:
+            packed |= {f"{name}.{k}": getattr(state, name)[k, :, :n].copy() for name in _RUNGS}
+        if rows:
+            packed[f"held.{k}"] = state.held[k, :rows].copy()
+            packed |= {f"{name}.{k}": getattr(state, name)[k, :levels].copy() for name in ("held_px", "held_qty")}
+    return packed
+
+
+def unpack_books(state: State, packed: Mapping[str, NDArray[Any]]) -> None:
+    """Put the books back. Raises ValueError where the arrays are not those of the same instruments."""
+    _put(state, packed, _BOOKS)
+    home = len(state.books) * 2 * MAX_LEVELS
+    state.u.px_e8[:home], state.u.qty_e8[:home] = packed["px"], packed["qty"]
+    for name, values in packed.items():
+        array, dot, k = name.partition(".")
+        if dot:
+            getattr(state, array)[int(k)][..., : values.shape[-1]] = values
+
+
+def pack_run(state: State) -> dict[str, NDArray[Any]]:
+    """Copies of everything else: positions, balances, orders, counters. The event buffers must be empty."""
+    return {name: getattr(state, name).copy() for name in _RUN}
+
+
+def unpack_run(state: State, packed: Mapping[str, NDArray[Any]]) -> None:
+    """Put the run back. Raises ValueError where the arrays are not those of the same configuration."""
+    _put(state, packed, _RUN)
+
+
+def _put(state: State, packed: Mapping[str, NDArray[Any]], names: Sequence[str]) -> None:
+    for name in names:
+        array, values = getattr(state, name), packed[name]
+        if array.shape != values.shape or array.dtype != values.dtype:
+            raise ValueError(name)
+        array[...] = values
 
 
 def set_rules(pairs: NDArray[Any], universe: Universe, config: RunConfig, recorded: Mapping[str, BinanceRules]) -> None:
@@ -171,9 +246,8 @@ def set_rules(pairs: NDArray[Any], universe: Universe, config: RunConfig, record
             pairs[k]["min_notional_e8"][BINANCE] = rules.binance_min_notional_e8
 
 
-def _flat_config(universe: Universe, config: RunConfig) -> NDArray[Any]:
-    flat = np.zeros(1, CONFIG)
-    row = flat[0]
+def _set_config(row: Any, universe: Universe, config: RunConfig) -> None:
+    row["depth"] = _DEPTH[config.aggregator.binance_depth]
     row["stale_ns"] = round(config.aggregator.stale_s * 1e9)
     row["fx_stale_ns"] = round(config.aggregator.fx_stale_s * 1e9)
     row["fx_book"] = universe.fx_book
@@ -182,4 +256,3 @@ def _flat_config(universe: Universe, config: RunConfig) -> NDArray[Any]:
     row["fee_ppm"][UPBIT] = ppm_of_bps(config.paper.upbit_fee_bps)
     row["fee_ppm"][BINANCE] = ppm_of_bps(config.paper.binance_fee_bps)
     row["fee_in_base"][BINANCE] = config.paper.binance_fee_in == "received"
-    return flat

@@ -31,6 +31,9 @@ class AggregatorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     stale_s: float = 2.0
     fx_stale_s: float = 10.0
+    binance_depth: Literal["auto", "partial", "diff"] = "auto"
+    """What Binance's books are made of: "partial" depth windows, "diff" changes with REST snapshots (full books), or "auto":
+    windows as soon as one has come, changes until then."""
 
 
 class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

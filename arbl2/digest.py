@@ -8,6 +8,7 @@ nothing but the tape and the configuration.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,13 +17,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_PIECE = 2**16
+
+
 class RunDigest:
-    """Feeds on event rows as they are drained; the split into blocks does not matter."""
+    """Feeds on event rows as they are drained; the split into blocks does not matter.
+
+    Rows go in pieces of a fixed number of bytes into a chain of hashes, so that its state is 32 bytes and a rest, which a
+    checkpoint can keep.
+    """
 
     def __init__(self, config: bytes) -> None:
         self._config = config
-        self._decisions = hashlib.blake2b(digest_size=32)
-        self._fills = hashlib.blake2b(digest_size=32)
+        self._decisions = _Chain()
+        self._fills = _Chain()
 
     def update(self, decisions: NDArray[Any], fills: NDArray[Any]) -> None:
         """Add rows in the order written."""
@@ -31,9 +39,36 @@ class RunDigest:
 
     def result(self, closing: dict[str, Any]) -> str:
         """The run's digest, given its closing state (plain integers and strings only)."""
-        whole = hashlib.blake2b(digest_size=32)
-        whole.update(self._config)
+        whole = _hash(self._config)
         whole.update(self._decisions.digest())
         whole.update(self._fills.digest())
         whole.update(msgspec.json.encode(closing, order="deterministic"))
         return whole.hexdigest()
+
+    def pack(self) -> list[str]:
+        """What a later run needs to go on from here."""
+        return [part.hex() for chain in (self._decisions, self._fills) for part in (chain.head, chain.rest)]
+
+    def unpack(self, packed: list[str]) -> None:
+        """Go on from there. Raises ValueError for anything else than what ``pack`` gave."""
+        head, rest, other_head, other_rest = (bytes.fromhex(part) for part in packed)
+        self._decisions, self._fills = _Chain(head, rest), _Chain(other_head, other_rest)
+
+
+@dataclass(slots=True)
+class _Chain:
+    head: bytes = bytes(32)
+    rest: bytes = b""
+
+    def update(self, rows: bytes) -> None:
+        self.rest += rows
+        while len(self.rest) >= _PIECE:
+            self.head = _hash(self.head + self.rest[:_PIECE]).digest()
+            self.rest = self.rest[_PIECE:]
+
+    def digest(self) -> bytes:
+        return _hash(self.head + self.rest).digest()
+
+
+def _hash(data: bytes) -> hashlib.blake2b:
+    return hashlib.blake2b(data, digest_size=32)

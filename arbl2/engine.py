@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from arbl2 import kernels
 from arbl2.aggregator import MultiExchangeL2Aggregator
-from arbl2.book import State, Universe, set_rules
+from arbl2.book import (
+    Universe,
+    best_px_e8,
+    new_state,
+    pack_books,
+    pack_run,
+    set_rules,
+    unpack_books,
+    unpack_run,
+)
 from arbl2.config import RunConfig
 from arbl2.digest import RunDigest
-from arbl2.errors import EngineError, TapeError
+from arbl2.errors import ConfigError, EngineError, TapeError
 from arbl2.events import DECISION_DTYPE, FILL_DTYPE, FillStatus, Outcome
 from arbl2.frames import BINANCE, VENUES, Anchor, ExchangeId, FrameBlock, FrameKind
 from arbl2.kernels import GAP_MS
@@ -28,7 +39,7 @@ from arbl2.money import INT64_MAX
 from arbl2.policy import Ask, Policy, ThresholdPolicy, View
 from arbl2.providers import PROVIDERS
 from arbl2.rules import BinanceRules, binance_rules_from_exchange_info
-from arbl2.updates import Reason, UpdateBlock, What
+from arbl2.updates import HOME_LEVELS, MAX_BLOCK, MAX_BLOCK_BYTES, Reason, UpdateBlock, What
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -36,10 +47,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-_LOG = logging.getLogger("arbl2.engine")
+Decode = Callable[[FrameBlock, UpdateBlock], int]
+"""Fills rows of updates for the first frames of a block (``Engine.decode``); returns how many."""
 
-MAX_BLOCK = 2_048
-"""Frames taken through the loop at once: their levels stay in the processor's cache."""
+_LOG = logging.getLogger("arbl2.engine")
 
 _KIND_REASONS = {
     FrameKind.MESSAGE: Reason.OTHER_MESSAGE,  # until the venue's provider has read it
@@ -61,6 +72,14 @@ class Events:
     fills: NDArray[Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A run in the middle: plain JSON values and named arrays."""
+
+    meta: dict[str, Any]
+    arrays: dict[str, NDArray[Any]]
+
+
 class Engine:
     """One run. ``instruments`` names what the tape holds by venue.
 
@@ -78,12 +97,12 @@ class Engine:
     ) -> None:
         self.config = config
         self.universe = Universe.of(instruments, config.symbols)
-        self.state = State.build(self.universe, config)
+        self.state = new_state(self.universe, config)
+        self._updates = self.state.u
         self.aggregator = MultiExchangeL2Aggregator(self.universe, self.state)
         self.ledger = Ledger(self.universe, self.state)
         self.policy: Policy | ThresholdPolicy = policy or ThresholdPolicy(config.policy)
         self._providers = [PROVIDERS[venue](self.universe.books(venue), scanner=scanner) for venue in ExchangeId]
-        self._updates = UpdateBlock.allocate(MAX_BLOCK)
         self._reasons = np.zeros((len(VENUES), 64), np.int64)
         self._decisions: list[NDArray[Any]] = []
         self._fills: list[NDArray[Any]] = []
@@ -95,18 +114,22 @@ class Engine:
         self.frames = 0
         self.finished = False
 
-    def feed(self, block: FrameBlock) -> None:
-        """Take a block of frames through the whole path, in order. Raises EngineError after ``finish`` or on an overflow."""
+    def feed(self, block: FrameBlock, decode: Decode | None = None) -> None:
+        """Take a block of frames through the whole path, in order. Raises EngineError after ``finish`` or on an overflow.
+
+        ``decode`` stands in for the method of that name where the updates are known already (the decoded store).
+        """
         if self.finished:
             raise EngineError("this run has ended; make a new Engine for more frames.")
-        # the checksum of books wraps on purpose, which NumPy reports when the kernels run uncompiled
+        # checksums wrap on purpose, which NumPy reports when the kernels run uncompiled
         with np.errstate(over="ignore"):
-            for start in range(0, len(block), MAX_BLOCK):
-                self._feed(block.slice(start, min(start + MAX_BLOCK, len(block))))
+            start = 0
+            while start < len(block):
+                start += self._feed(block.slice(start, _fitting(block, start)), decode or self.decode)
 
-    def _feed(self, block: FrameBlock) -> None:
+    def decode(self, block: FrameBlock, u: UpdateBlock) -> int:
+        """Fill the rows of ``u`` from the bytes of a block of at most ``MAX_BLOCK`` frames; returns how many it filled: all."""
         n = len(block)
-        u = self._updates
         u.what[:n] = What.NOTHING
         for row in np.flatnonzero(block.kind == FrameKind.CLOSED).tolist():
             # Another connection goes on with the same streams: their books stay what they are.
@@ -117,26 +140,36 @@ class Engine:
                 u.what[row] = What.LOST
         u.reason[:n] = self._kind_reason[block.kind]
         u.book[:n] = -1
-        u.cursor[0] = 0
         for provider in self._providers:
             provider.decode(block, u)
+        return n
+
+    def _feed(self, block: FrameBlock, decode: Decode) -> int:
+        u = self._updates
+        kernels.come_home(self.state.record)
+        u.cursor[0] = HOME_LEVELS
+        n = decode(block, u)
+        for name in ("seq", "time_ns", "venue", "conn"):
+            getattr(u, name)[:n] = getattr(block, name)[:n]
         first = 0
-        for stop in [*self._rule_rows(block), n]:
-            self._run_rows(block, first, stop)
+        for stop in [*self._rule_rows(block.slice(0, n)), n]:
+            self._run_rows(first, stop)
             if stop < n and not self._read_rules(block.payload(stop)):
                 u.reason[stop] = Reason.BAD_RULES
             first = stop
-        self._reasons += np.bincount(block.venue * 64 + u.reason[:n].astype(np.int64), minlength=64 * len(VENUES)).reshape(-1, 64)
+        reasons = np.bincount(u.venue[:n] * np.int64(64) + u.reason[:n], minlength=64 * len(VENUES))
+        self._reasons += reasons.reshape(-1, 64)
         self.frames += n
+        return n
 
-    def _run_rows(self, block: FrameBlock, first: int, last: int) -> None:
+    def _run_rows(self, first: int, last: int) -> None:
         u = self._updates
         while first < last:
-            first = self._run(block, first, last)
+            first = self._run(first, last)
             counters = self.state.counters[0]
             self._stop_on_overflow()
             if not isinstance(self.policy, ThresholdPolicy):
-                self._ask_policy(self.policy, u, first - 1, int(block.seq[first - 1]))
+                self._ask_policy(self.policy, u, first - 1, int(u.seq[first - 1]))
             if counters["decisions"] or counters["fills"]:
                 self._collect()
 
@@ -163,15 +196,8 @@ class Engine:
         set_rules(self.state.pairs, self.universe, self.config, self._recorded_rules)
         return True
 
-    def _run(self, block: FrameBlock, first: int, last: int) -> int:
-        s, u = self.state, self._updates
-        return kernels.run(
-            s.books, s.counts, s.px, s.qty, s.eaten, s.gaps, s.pairs, s.config,
-            s.balance, s.locked, s.orders, s.order_state, s.taken, s.counters, s.decisions, s.fills, s.view, s.ask,
-            block.seq, block.time_ns, block.venue, block.conn,
-            u.what, u.reason, u.book, u.exchange_ms, u.update_id, u.start, u.n_bid, u.n_ask, u.px_e8, u.qty_e8,
-            first, last, isinstance(self.policy, ThresholdPolicy),
-        )  # fmt: skip
+    def _run(self, first: int, last: int) -> int:
+        return int(kernels.run(self.state.record, first, last, isinstance(self.policy, ThresholdPolicy)))
 
     def _ask_policy(self, policy: Policy, u: UpdateBlock, row: int, seq: int) -> None:
         """Show a Python policy every pair that the update may have changed, as the compiled loop does for its own."""
@@ -184,9 +210,9 @@ class Engine:
         for k in pairs:
             if k < 0 or s.pairs[k]["in_flight"] > 0:
                 continue
-            usable = kernels.look(s.books, s.counts, s.px, s.qty, s.eaten, s.pairs, s.config, k, time_ns, seq, s.view)
+            usable = kernels.look(s.record, k, time_ns, seq)
             ask = policy.decide(self._view(k)) if usable else None
-            kernels.end_episodes(s.pairs, k, s.view, usable)
+            kernels.end_episodes(s.record, k, usable)
             if ask:
                 self._submit(k, ask)
 
@@ -195,13 +221,10 @@ class Engine:
         # a size beyond 64 bits is refused like any other that makes no sense
         sizes = (size if 0 <= size <= INT64_MAX else -1 for size in (ask.upbit_size_e8, ask.binance_size_e8))
         s.ask[:] = (ask.direction, ask.intent, *sizes)
-        kernels.submit(
-            s.books, s.counts, s.px, s.qty, s.pairs, s.config, s.balance, s.locked,
-            s.orders, s.order_state, s.taken, s.counters, s.decisions, pair, s.view, s.ask,
-        )  # fmt: skip
+        kernels.submit(s.record, pair)
 
     def _view(self, pair: int) -> View:
-        v, p = self.state.view[0], self.state.pairs[pair]
+        v, p = self.state.seen[0], self.state.pairs[pair]
         held = p["position_e8"]
         return View(
             symbol=self.universe.symbols[pair],
@@ -248,10 +271,7 @@ class Engine:
         s = self.state
         counters = s.counters[0]
         with np.errstate(over="ignore"):
-            kernels.advance(
-                s.books, s.counts, s.px, s.qty, s.eaten, s.pairs, s.config, s.balance, s.locked,
-                s.orders, s.order_state, s.taken, s.counters, s.fills, int(counters["time_ns"]) + 1,
-            )  # fmt: skip
+            kernels.advance(s.record, int(counters["time_ns"]) + 1)
         self._stop_on_overflow()
         left = s.orders[: counters["active"]].copy()
         left["status"][left["status"] == 0] = FillStatus.IN_FLIGHT
@@ -280,8 +300,8 @@ class Engine:
                     "updates": int(s.books[k]["updates"]),
                     "gap_median_ns": _quantile_ns(s.gaps[k], 0.5),
                     "gap_p99_ns": _quantile_ns(s.gaps[k], 0.99),
-                    "best_bid_e8": int(s.px[k, 0, 0]) if s.counts[k, 0, 0] else 0,
-                    "best_ask_e8": int(s.px[k, 1, 0]) if s.counts[k, 1, 0] else 0,
+                    "best_bid_e8": best_px_e8(s, k, 0),
+                    "best_ask_e8": best_px_e8(s, k, 1),
                 }
             )
         return rows
@@ -314,14 +334,73 @@ class Engine:
         }
         return self._digest.result(closing)
 
+    def checkpoint(self) -> Checkpoint:
+        """Everything a later engine of the same instruments and configuration needs to go on from here; events are drained apart.
+
+        Raises ConfigError for a Python policy without ``pack``/``unpack``, whose memory cannot be kept.
+        """
+        if self.finished:
+            raise EngineError("this run has ended; take checkpoints before.")
+        kernels.come_home(self.state.record)
+        meta = {
+            "instruments": [f"{i.venue}:{i.name}" for i in self.universe.instruments],
+            "config": self.config.canonical().decode(),
+            "frames": self.frames,
+            "reasons": self._reasons.tolist(),
+            "digest": self._digest.pack(),
+            "ledger": self.ledger.pack(),
+            "rules": {name: msgspec.to_builtins(rules) for name, rules in self._recorded_rules.items()},
+            "policy": _packed(self.policy),
+        }
+        return Checkpoint(meta, pack_books(self.state) | pack_run(self.state))
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint. Raises ConfigError where it is of other instruments or another configuration."""
+        meta = checkpoint.meta
+        if meta["instruments"] != [f"{i.venue}:{i.name}" for i in self.universe.instruments]:
+            raise ConfigError("the checkpoint is of other instruments. Resume with the tapes that it was made from.")
+        if meta["config"] != self.config.canonical().decode():
+            raise ConfigError("the checkpoint is of another configuration. Resume with the one that it was made with.")
+        try:
+            unpack_books(self.state, checkpoint.arrays)
+            unpack_run(self.state, checkpoint.arrays)
+            self._reasons[...] = meta["reasons"]
+            self._digest.unpack(meta["digest"])
+            self.ledger.unpack(meta["ledger"])
+            self._recorded_rules = msgspec.convert(meta["rules"], dict[str, BinanceRules])
+            self.frames = int(meta["frames"])
+        except (KeyError, ValueError, TypeError, IndexError, msgspec.MsgspecError) as error:
+            raise ConfigError(f"the checkpoint does not fit this run ({error}). Make a new one.") from None
+        if meta["policy"] is not None:
+            self.policy.unpack(meta["policy"])  # type: ignore[union-attr]
+
+
+def _fitting(block: FrameBlock, start: int) -> int:
+    """Where the rows end that are taken through the loop together: at least one, and no more bytes than there is room for."""
+    stop = min(start + MAX_BLOCK, len(block))
+    if block.offsets[stop] - block.offsets[start] > MAX_BLOCK_BYTES:
+        limit = int(block.offsets[start]) + MAX_BLOCK_BYTES
+        stop = max(start + 1, int(np.searchsorted(block.offsets[start : stop + 1], limit, side="right")) - 1 + start)
+    return stop
+
+
+def _packed(policy: Policy | ThresholdPolicy) -> Any:
+    if isinstance(policy, ThresholdPolicy):
+        return None
+    if not hasattr(policy, "pack") or not hasattr(policy, "unpack"):
+        raise ConfigError(
+            f"{type(policy).__name__} cannot be kept in a checkpoint. Give it pack() -> JSON values and unpack(values)."
+        )
+    return policy.pack()
+
 
 @functools.cache
 def warm_up() -> None:
     """Compile every kernel of a replay, or load it from numba's cache: seconds to half a minute the first time, then nothing."""
     engine = Engine({"upbit": ["KRW-BTC", "KRW-USDT"], "binance": ["BTCUSDT"]}, RunConfig())
     empty = FrameBlock.from_frames([], Anchor(0, 0))
-    engine._feed(empty)
-    engine._run(empty, 0, 0)
+    engine._feed(empty, engine.decode)
+    engine._run(0, 0)
     engine.finish()
 
 

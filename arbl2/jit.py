@@ -13,14 +13,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numba
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
 # _nrt=False: kernels own no memory, so the arrays passed from kernel to kernel need no reference counting (a fifth of the loop's
 # time). It also makes numba refuse a kernel that allocates.
 # forceinline: a row's way through the small kernels is one piece of machine code (a third of the loop's time).
-_OPTIONS: Any = {"nogil": True, "_nrt": False, "forceinline": True}
+_OPTIONS: Any = {"nogil": True, "_nrt": False, "forceinline": False}
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -31,3 +34,8 @@ def kernel(function: F) -> F:
         return cast("F", numba.njit(cache=True, **_OPTIONS)(function))
     except RuntimeError:  # numba found no writable cache folder: compile anew in each process
         return cast("F", numba.njit(**_OPTIONS)(function))
+
+
+def as_record(records: NDArray[Any], views: Any) -> Any:
+    """What a kernel gets for the one record in ``records``: the record itself, or without the compiler an object of its views."""
+    return views if getattr(numba.config, "DISABLE_JIT", 0) else records.view(np.recarray)[0]

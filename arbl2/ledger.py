@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from arbl2.book import best_px_e8
 from arbl2.errors import EngineError
 from arbl2.events import Side
 from arbl2.frames import BINANCE, UPBIT, VENUES
@@ -27,11 +28,12 @@ class Ledger:
     def __init__(self, universe: Universe, state: State) -> None:
         self._universe = universe
         self._state = state
+        self._opening = state.balance.copy()
         self._posted = {venue: dict.fromkeys(row, 0) for venue, row in self.balances().items()}
 
     def balances(self, *, opening: bool = False) -> dict[str, dict[str, int]]:
         """Balance by venue and currency (10^-8)."""
-        table = self._state.opening if opening else self._state.balance
+        table = self._opening if opening else self._state.balance
         names = self._universe.symbols
         return {
             VENUES[v]: {QUOTE[v]: int(table[v, 0]), **{name: int(table[v, 1 + k]) for k, name in enumerate(names)}}
@@ -42,6 +44,15 @@ class Ledger:
         """Change since the start by venue and currency (10^-8), fees included."""
         then, now = self.balances(opening=True), self.balances()
         return {venue: {name: now[venue][name] - then[venue][name] for name in now[venue]} for venue in now}
+
+    def pack(self) -> dict[str, Any]:
+        """What a later run needs to go on from here; plain JSON values."""
+        return {"opening": self._opening.tolist(), "posted": {venue: dict(row) for venue, row in self._posted.items()}}
+
+    def unpack(self, packed: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._opening[...] = packed["opening"]
+        self._posted = {venue: dict(row) for venue, row in packed["posted"].items()}
 
     def add(self, fills: NDArray[Any]) -> None:
         """Add fill rows to the independent sum."""
@@ -75,10 +86,11 @@ class Ledger:
     def closing_rate(self, side: str) -> FxQuote[Usdt, Krw] | None:
         """The rate that marks USDT at the end: the last KRW-USDT book of the tape, with its age. None: there was none."""
         book, index = self._universe.fx_book, 0 if side == "bid" else 1
-        if book < 0 or self._state.counts[book, index, 0] == 0:
+        rate = best_px_e8(self._state, book, index) if book >= 0 else 0
+        if rate == 0:
             return None
         age_ns = int(self._state.counters[0]["time_ns"] - self._state.books[book]["last_ns"])
-        return FxQuote(Usdt, Krw, int(self._state.px[book, index, 0]), side, "last upbit KRW-USDT book", age_ns)
+        return FxQuote(Usdt, Krw, rate, side, "last upbit KRW-USDT book", age_ns)
 
     def krw_to_usdt(self, amount_e8: int) -> int | None:
         """USDT value of a KRW change: a surplus buys USDT at the ask, a shortage is met by selling USDT at the bid."""
@@ -86,14 +98,12 @@ class Ledger:
         if amount_e8 == 0:
             return 0
         side = 1 if amount_e8 > 0 else 0
-        if book < 0 or self._state.counts[book, side, 0] == 0:
-            return None
-        return amount_e8 * E8 // int(self._state.px[book, side, 0])
+        rate = best_px_e8(self._state, book, side) if book >= 0 else 0
+        return amount_e8 * E8 // rate if rate else None
 
     def _mark(self, book: int, amount_e8: int) -> int | None:
         if amount_e8 == 0:
             return 0
         side = 0 if amount_e8 > 0 else 1
-        if self._state.counts[book, side, 0] == 0:
-            return None
-        return amount_e8 * int(self._state.px[book, side, 0]) // E8
+        price = best_px_e8(self._state, book, side)
+        return amount_e8 * price // E8 if price else None

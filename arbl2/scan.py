@@ -1,8 +1,8 @@
 """The JSON scanner: compiled, and strict to the letter.
 
-It accepts exactly the bytes that the two venues are documented to send for a full-window book - key order, no white space, plain
-numbers - and marks every other frame UNREAD for the strict library decoder of the provider. It never guesses, so what both accept
-they read alike; a property test holds them together.
+It accepts exactly the bytes that the two venues are documented to send for a book or a change of one - key order, no white
+space, plain numbers - and marks every other frame UNREAD for the strict library decoder of the provider. It never guesses, so
+what both accept they read alike; a property test holds them together.
 
 Numbers become int64 of 10^-8. Prices must be exact at that scale. Sizes are rounded down, because a displayed size may never be
 overstated.
@@ -10,12 +10,12 @@ overstated.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from arbl2.jit import kernel
-from arbl2.updates import MAX_LEVELS, Reason, What
+from arbl2.updates import MAX_CHANGES, MAX_LEVELS, Reason, What
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,14 +26,22 @@ if TYPE_CHECKING:
     Bytes = NDArray[np.uint8]
     Ints = NDArray[np.int64]
 
-_BOOK = np.uint8(What.BOOK)
-_DOUBT = np.uint8(What.DOUBT)
-_UNREAD = np.uint8(What.UNREAD)
-_R_UNSORTED = np.uint8(Reason.UNSORTED)
-_R_CROSSED = np.uint8(Reason.CROSSED)
-_R_TOTALS = np.uint8(Reason.TOTAL_MISMATCH)
-_R_UNKNOWN = np.uint8(Reason.UNKNOWN_INSTRUMENT)
-_R_BOOK = np.uint8(Reason.BOOK)
+_BOOK: Any = np.uint8(What.BOOK)
+_DOUBT: Any = np.uint8(What.DOUBT)
+_UNREAD: Any = np.uint8(What.UNREAD)
+_R_UNSORTED: Any = np.uint8(Reason.UNSORTED)
+_R_CROSSED: Any = np.uint8(Reason.CROSSED)
+_R_TOTALS: Any = np.uint8(Reason.TOTAL_MISMATCH)
+_R_UNKNOWN: Any = np.uint8(Reason.UNKNOWN_INSTRUMENT)
+_R_BOOK: Any = np.uint8(Reason.BOOK)
+_R_DIFF: Any = np.uint8(Reason.DIFF)
+_CHANGE: Any = np.uint8(What.CHANGE)
+# Typed constants: a plain 0 or True is a type of its own to numba, and would compile every kernel it is passed to once more.
+_EXACT: Any = np.bool_(True)
+_CUT: Any = np.bool_(False)
+_NONE: Any = np.int64(0)
+_WINDOW: Any = np.int64(MAX_LEVELS)
+_CHANGES: Any = np.int64(MAX_CHANGES)
 
 _POW10 = 10 ** np.arange(19, dtype=np.int64)
 _FAIL = -1
@@ -65,6 +73,12 @@ _B_ID = _text('","data":{"lastUpdateId":')
 _B_BIDS = _text(',"bids":[')
 _B_ASKS = _text('],"asks":[')
 _B_END = _text("]}}")
+_B_EVENT = _text('","data":{"e":"depthUpdate","E":')
+_B_SYMBOL = _text(',"s":"')
+_B_FIRST = _text('","U":')
+_B_LAST = _text(',"u":')
+_B_B = _text(',"b":[')
+_B_A = _text('],"a":[')
 
 _QUOTE = 34
 _COMMA = 44
@@ -72,6 +86,15 @@ _DOT = 46
 _ZERO = 48
 _NINE = 57
 _EXPONENT = 101
+
+
+class Names(NamedTuple):
+    """The instruments of a provider: an open-addressing table of index + 1, names end to end, their ends, and their books."""
+
+    slots: Ints
+    text: Bytes
+    ends: Ints
+    books: NDArray[np.int32]
 
 
 @kernel
@@ -187,24 +210,24 @@ def instrument_hash(data: Bytes, start: int, stop: int) -> Value:
 
 
 @kernel
-def _find_book(data: Bytes, start: int, stop: int, slots: Ints, names: Bytes, name_ends: Ints) -> int:
-    """Index of the book whose name stands at ``data[start:stop]``, or -1. ``slots`` is an open-addressing table of index + 1."""
-    size = len(slots)
+def _find_book(data: Bytes, start: int, stop: int, names: Names) -> int:
+    """The book whose name stands at ``data[start:stop]``, or -1."""
+    size = len(names.slots)
     slot = instrument_hash(data, start, stop) % size
     for _ in range(size):
-        entry = slots[slot]
+        entry = names.slots[slot]
         if entry == 0:
             return -1
-        name_start = name_ends[entry - 1]
-        name_stop = name_ends[entry]
+        name_start = names.ends[entry - 1]
+        name_stop = names.ends[entry]
         if name_stop - name_start == stop - start:
             same = True
             for k in range(stop - start):
-                if names[name_start + k] != data[start + k]:
+                if names.text[name_start + k] != data[start + k]:
                     same = False
                     break
             if same:
-                return int(entry - 1)
+                return int(names.books[entry - 1])
         slot = (slot + 1) % size
     return -1
 
@@ -268,9 +291,7 @@ def _upbit_grammar(spelling: int) -> Callable[..., tuple[int, int, Value]]:
         data: Bytes,
         s: int,
         end: int,
-        slots: Ints,
-        names: Bytes,
-        name_ends: Ints,
+        names: Names,
         px: Ints,
         qty: Ints,
         at: int,
@@ -289,7 +310,7 @@ def _upbit_grammar(spelling: int) -> Callable[..., tuple[int, int, Value]]:
             if not (65 <= c <= 90 or _ZERO <= c <= _NINE or c == 45):  # A-Z 0-9 -
                 break
             p += 1
-        book = _find_book(data, name, p, slots, names, name_ends)
+        book = _find_book(data, name, p, names)
         p = _literal(data, p, end, time)
         if p < 0:
             return _FAIL, -1, 0
@@ -297,11 +318,11 @@ def _upbit_grammar(spelling: int) -> Callable[..., tuple[int, int, Value]]:
         p = _literal(data, p, end, ask_total)
         if p < 0:
             return _FAIL, -1, 0
-        totals[1], p = _number_e8(data, p, end, False)
+        totals[1], p = _number_e8(data, p, end, _CUT)
         p = _literal(data, p, end, bid_total)
         if p < 0:
             return _FAIL, -1, 0
-        totals[0], p = _number_e8(data, p, end, False)
+        totals[0], p = _number_e8(data, p, end, _CUT)
         p = _literal(data, p, end, units_at)
         if p < 0:
             return _FAIL, -1, 0
@@ -313,19 +334,19 @@ def _upbit_grammar(spelling: int) -> Callable[..., tuple[int, int, Value]]:
             p = _literal(data, p, end, ask_price)
             if p < 0:
                 return _FAIL, -1, 0
-            px[at + MAX_LEVELS + units], p = _number_e8(data, p, end, True)
+            px[at + MAX_LEVELS + units], p = _number_e8(data, p, end, _EXACT)
             p = _literal(data, p, end, bid_price)
             if p < 0:
                 return _FAIL, -1, 0
-            px[at + units], p = _number_e8(data, p, end, True)
+            px[at + units], p = _number_e8(data, p, end, _EXACT)
             p = _literal(data, p, end, ask_size)
             if p < 0:
                 return _FAIL, -1, 0
-            qty[at + MAX_LEVELS + units], p = _number_e8(data, p, end, False)
+            qty[at + MAX_LEVELS + units], p = _number_e8(data, p, end, _CUT)
             p = _literal(data, p, end, bid_size)
             if p < 0:
                 return _FAIL, -1, 0
-            qty[at + units], p = _number_e8(data, p, end, False)
+            qty[at + units], p = _number_e8(data, p, end, _CUT)
             if p < 0 or p + 1 >= end or np.int64(data[p]) != 125:  # }
                 return _FAIL, -1, 0
             p += 1
@@ -356,20 +377,20 @@ _upbit_simple = _upbit_grammar(1)
 
 
 @kernel
-def _side(data: Bytes, p: int, end: int, px: Ints, qty: Ints, at: int) -> tuple[int, int]:
+def _side(data: Bytes, p: int, end: int, px: Ints, qty: Ints, at: int, most: int) -> tuple[int, int]:
     """Binance levels ``["price","size"],...``: (levels, position after the last), levels -1 if not of the exact grammar."""
     n = 0
     if p < end and np.int64(data[p]) == 93:  # ] : an empty side
         return 0, p
     while True:
-        if n == MAX_LEVELS or p + 2 > end or np.int64(data[p]) != 91 or np.int64(data[p + 1]) != _QUOTE:  # [ "
+        if n == most or p + 2 > end or np.int64(data[p]) != 91 or np.int64(data[p + 1]) != _QUOTE:  # [ "
             return _FAIL, p
-        px[at + n], p = _number_e8(data, p + 2, end, True)
+        px[at + n], p = _number_e8(data, p + 2, end, _EXACT)
         if p < 0 or p + 3 > end:
             return _FAIL, p
         if np.int64(data[p]) != _QUOTE or np.int64(data[p + 1]) != _COMMA or np.int64(data[p + 2]) != _QUOTE:
             return _FAIL, p
-        qty[at + n], p = _number_e8(data, p + 3, end, False)
+        qty[at + n], p = _number_e8(data, p + 3, end, _CUT)
         if p < 0 or p + 3 > end or np.int64(data[p]) != _QUOTE or np.int64(data[p + 1]) != 93:
             return _FAIL, p
         n += 1
@@ -380,154 +401,183 @@ def _side(data: Bytes, p: int, end: int, px: Ints, qty: Ints, at: int) -> tuple[
 
 
 @kernel
-def _binance_frame(
-    data: Bytes, s: int, end: int, slots: Ints, names: Bytes, name_ends: Ints, px: Ints, qty: Ints, at: int
-) -> tuple[int, int, int, int]:
-    """One combined partial depth: (bids, asks, book, lastUpdateId), bids -1 if it is not of the exact grammar.
-
-    Bids are written at ``at``, asks at ``at + MAX_LEVELS``.
-    """
-    p = _literal(data, s, end, _B_HEAD)
-    if p < 0:
-        return _FAIL, 0, -1, 0
+def _name_end(data: Bytes, p: int, end: int) -> int:
+    """Position after the lower-case name of a stream, -1 if there is none."""
     name = p
     while p < end and p - name < 24:
         c = np.int64(data[p])
         if not (97 <= c <= 122 or _ZERO <= c <= _NINE):  # a-z 0-9
             break
         p += 1
-    if p == name:
-        return _FAIL, 0, -1, 0
-    book = _find_book(data, name, p, slots, names, name_ends)
-    p = _literal(data, p, end, _B_DEPTH)
-    if p < 0:
-        return _FAIL, 0, -1, 0
+    return p if p > name else _FAIL
+
+
+@kernel
+def _binance_window(data: Bytes, p: int, end: int, px: Ints, qty: Ints, at: int) -> tuple[int, int, int]:
+    """The rest of a combined partial depth, from its depth on: (bids, asks, lastUpdateId), bids -1 if of another grammar.
+
+    Bids are written at ``at``, asks at ``at + MAX_LEVELS``.
+    """
     depth, p = _digits(data, p, end)
     if p < 0 or not (depth == 5 or depth == 10 or depth == 20):
-        return _FAIL, 0, -1, 0
+        return _FAIL, 0, 0
     after = _literal(data, p, end, _B_100MS)
     if after >= 0:
         p = after
     p = _literal(data, p, end, _B_ID)
     if p < 0:
-        return _FAIL, 0, -1, 0
+        return _FAIL, 0, 0
     update_id, p = _digits(data, p, end)
     p = _literal(data, p, end, _B_BIDS)
     if p < 0:
-        return _FAIL, 0, -1, 0
-    bids, p = _side(data, p, end, px, qty, at)
+        return _FAIL, 0, 0
+    bids, p = _side(data, p, end, px, qty, at, _WINDOW)
     if bids < 0:
-        return _FAIL, 0, -1, 0
+        return _FAIL, 0, 0
     p = _literal(data, p, end, _B_ASKS)
     if p < 0:
-        return _FAIL, 0, -1, 0
-    asks, p = _side(data, p, end, px, qty, at + MAX_LEVELS)
+        return _FAIL, 0, 0
+    asks, p = _side(data, p, end, px, qty, at + MAX_LEVELS, _WINDOW)
     if asks < 0 or _literal(data, p, end, _B_END) != end:
-        return _FAIL, 0, -1, 0
-    return bids, asks, book, update_id
+        return _FAIL, 0, 0
+    return bids, asks, update_id
 
 
 @kernel
-def _write_row(
-    i: int, known: int, n: int, m: int, ms: int, last_id: int, at: int, totals: Ints,
-    book_ids: NDArray[np.int32], what: NDArray[np.uint8], reason: NDArray[np.uint8], book: NDArray[np.int32],
-    exchange_ms: Ints, update_id: Ints, start: NDArray[np.int32], n_bid: NDArray[np.int16], n_ask: NDArray[np.int16],
-    px: Ints, qty: Ints,
-) -> int:  # fmt: skip
-    """Settle the levels of one scanned frame and fill its row; returns where the next frame's levels go."""
-    bids, asks, why = settle(px, qty, at, n, at + MAX_LEVELS, m, totals)
-    if known < 0:
-        what[i] = 0
-        reason[i] = _R_UNKNOWN
-        return at
-    what[i] = _BOOK if why == _R_BOOK else _DOUBT
-    reason[i] = why
-    book[i] = book_ids[known]
-    exchange_ms[i] = ms
-    update_id[i] = last_id
-    start[i] = at
-    n_bid[i] = bids
-    n_ask[i] = asks
-    return at + bids + asks
+def _binance_change(
+    data: Bytes, p: int, end: int, name: int, name_stop: int, px: Ints, qty: Ints, at: int
+) -> tuple[int, int, int, int, int]:
+    """The rest of a combined depth change: (bids, asks, E, U, u), bids -1 if of another grammar. Asks follow the bids."""
+    after = _literal(data, p, end, _B_100MS)
+    if after >= 0:
+        p = after
+    p = _literal(data, p, end, _B_EVENT)
+    if p < 0:
+        return _FAIL, 0, 0, 0, 0
+    event_ms, p = _digits(data, p, end)
+    p = _literal(data, p, end, _B_SYMBOL)
+    if p < 0 or p + name_stop - name > end:
+        return _FAIL, 0, 0, 0, 0
+    for k in range(name_stop - name):
+        c = np.int64(data[name + k])
+        upper = c - 32 if c >= 97 else c
+        if np.int64(data[p + k]) != upper:
+            return _FAIL, 0, 0, 0, 0
+    p = _literal(data, p + name_stop - name, end, _B_FIRST)
+    if p < 0:
+        return _FAIL, 0, 0, 0, 0
+    first_id, p = _digits(data, p, end)
+    p = _literal(data, p, end, _B_LAST)
+    if p < 0:
+        return _FAIL, 0, 0, 0, 0
+    last_id, p = _digits(data, p, end)
+    p = _literal(data, p, end, _B_B)
+    if p < 0:
+        return _FAIL, 0, 0, 0, 0
+    bids, p = _side(data, p, end, px, qty, at, _CHANGES)
+    if bids < 0:
+        return _FAIL, 0, 0, 0, 0
+    p = _literal(data, p, end, _B_A)
+    if p < 0:
+        return _FAIL, 0, 0, 0, 0
+    asks, p = _side(data, p, end, px, qty, at + bids, _CHANGES)
+    if asks < 0 or _literal(data, p, end, _B_END) != end:
+        return _FAIL, 0, 0, 0, 0
+    return bids, asks, event_ms, first_id, last_id
 
 
 @kernel
-def scan_upbit(
-    data: Bytes,
-    offsets: NDArray[np.int32],
-    rows: NDArray[np.int64],
-    slots: Ints,
-    names: Bytes,
-    name_ends: Ints,
-    book_ids: NDArray[np.int32],
-    what: NDArray[np.uint8],
-    reason: NDArray[np.uint8],
-    book: NDArray[np.int32],
-    exchange_ms: Ints,
-    update_id: Ints,
-    start: NDArray[np.int32],
-    n_bid: NDArray[np.int16],
-    n_ask: NDArray[np.int16],
-    px: Ints,
-    qty: Ints,
-    cursor: Ints,
-    totals: Ints,
-) -> None:
+def level_check(px: Ints, qty: Ints, at: int, n_bid: int, n_ask: int) -> Value:
+    """A checksum of the levels of one row, for the digest.
+
+    Sums wrap on purpose. Factors are odd, so that a change of any one level changes the sum, and differ by level, so that order
+    counts; a sum of independent products took half the time of a chain of hashes.
+    """
+    total = np.int64(n_bid) * 0x9E3779B1 + n_ask
+    for j in range(n_bid + n_ask):
+        total += (px[at + j] * 0x100000001B3 + qty[at + j] * 0x1B873593) * (2 * j + 1)
+    return total
+
+
+@kernel
+def write_levels(u: Value, i: int, book: int, what: int, reason: int, at: int, n_bid: int, n_ask: int) -> None:
+    """Fill the row of a frame whose levels stand at ``at``, and keep them."""
+    u.what[i] = what
+    u.reason[i] = reason
+    u.book[i] = book
+    u.start[i] = at
+    u.n_bid[i] = n_bid
+    u.n_ask[i] = n_ask
+    u.check[i] = level_check(u.px_e8, u.qty_e8, at, n_bid, n_ask)
+    u.cursor[0] = at + n_bid + n_ask
+
+
+@kernel
+def write_book(u: Value, i: int, book: int, at: int, n: int, m: int, totals: Ints) -> None:
+    """Settle a full window (``n`` bids at ``at``, ``m`` asks at ``at + MAX_LEVELS``) and fill its row."""
+    bids, asks, why = settle(u.px_e8, u.qty_e8, at, n, at + _WINDOW, m, totals)
+    if book < 0:
+        u.what[i] = 0
+        u.reason[i] = _R_UNKNOWN
+        return
+    write_levels(u, i, book, _BOOK if why == _R_BOOK else _DOUBT, why, at, bids, asks)
+
+
+@kernel
+def scan_upbit(data: Bytes, rows: NDArray[np.int64], names: Names, u: Value, totals: Ints) -> None:
     """Scan the frames ``rows`` of a block into update columns; rows of another grammar become UNREAD."""
-    at = cursor[0]
     for r in range(len(rows)):
         i = rows[r]
-        s = int(offsets[i])
-        end = int(offsets[i + 1])
+        s = u.offsets[i]
+        end = u.offsets[i + 1]
+        at = u.cursor[0]
         # {"type": and {"ty": differ in their fifth byte
         if end - s > 4 and np.int64(data[s + 4]) == _QUOTE:
-            units, known, ms = _upbit_simple(data, s, end, slots, names, name_ends, px, qty, at, totals)
+            units, book, ms = _upbit_simple(data, s, end, names, u.px_e8, u.qty_e8, at, totals)
         else:
-            units, known, ms = _upbit_default(data, s, end, slots, names, name_ends, px, qty, at, totals)
+            units, book, ms = _upbit_default(data, s, end, names, u.px_e8, u.qty_e8, at, totals)
         if units < 0:
-            what[i] = _UNREAD
+            u.what[i] = _UNREAD
             continue
-        at = _write_row(
-            i, known, units, units, ms, 0, at, totals,
-            book_ids, what, reason, book, exchange_ms, update_id, start, n_bid, n_ask, px, qty,
-        )  # fmt: skip
-    cursor[0] = at
+        u.exchange_ms[i] = ms
+        u.first_id[i] = 0
+        u.update_id[i] = 0
+        write_book(u, i, book, at, units, units, totals)
 
 
 @kernel
-def scan_binance(
-    data: Bytes,
-    offsets: NDArray[np.int32],
-    rows: NDArray[np.int64],
-    slots: Ints,
-    names: Bytes,
-    name_ends: Ints,
-    book_ids: NDArray[np.int32],
-    what: NDArray[np.uint8],
-    reason: NDArray[np.uint8],
-    book: NDArray[np.int32],
-    exchange_ms: Ints,
-    update_id: Ints,
-    start: NDArray[np.int32],
-    n_bid: NDArray[np.int16],
-    n_ask: NDArray[np.int16],
-    px: Ints,
-    qty: Ints,
-    cursor: Ints,
-    totals: Ints,
-) -> None:
+def scan_binance(data: Bytes, rows: NDArray[np.int64], names: Names, u: Value, totals: Ints) -> None:
     """Scan the frames ``rows`` of a block into update columns; rows of another grammar become UNREAD."""
-    at = cursor[0]
     for r in range(len(rows)):
         i = rows[r]
-        bids, asks, known, last_id = _binance_frame(
-            data, int(offsets[i]), int(offsets[i + 1]), slots, names, name_ends, px, qty, at
-        )
-        if bids < 0:
-            what[i] = _UNREAD
+        s = u.offsets[i]
+        end = u.offsets[i + 1]
+        at = u.cursor[0]
+        u.what[i] = _UNREAD
+        name = _literal(data, s, end, _B_HEAD)
+        if name < 0:
             continue
-        at = _write_row(
-            i, known, bids, asks, 0, last_id, at, totals,
-            book_ids, what, reason, book, exchange_ms, update_id, start, n_bid, n_ask, px, qty,
-        )  # fmt: skip
-    cursor[0] = at
+        name_stop = _name_end(data, name, end)
+        p = _literal(data, name_stop, end, _B_DEPTH)
+        if p < 0 or p >= end:
+            continue
+        book = _find_book(data, name, name_stop, names)
+        if np.int64(data[p]) > _ZERO and np.int64(data[p]) <= _NINE:
+            bids, asks, last_id = _binance_window(data, p, end, u.px_e8, u.qty_e8, at)
+            if bids >= 0:
+                u.exchange_ms[i] = 0
+                u.first_id[i] = 0
+                u.update_id[i] = last_id
+                write_book(u, i, book, at, bids, asks, totals)
+            continue
+        bids, asks, event_ms, first_id, last_id = _binance_change(data, p, end, name, name_stop, u.px_e8, u.qty_e8, at)
+        if bids < 0 or first_id > last_id:
+            continue
+        u.exchange_ms[i] = event_ms
+        u.first_id[i] = first_id
+        u.update_id[i] = last_id
+        if book < 0:
+            u.what[i] = 0
+            u.reason[i] = _R_UNKNOWN
+        else:
+            write_levels(u, i, book, _CHANGE, _R_DIFF, at, bids, asks)

@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -18,17 +17,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from arbl2 import kernels
 from arbl2.config import RunConfig
-from arbl2.engine import MAX_BLOCK, Engine
+from arbl2.engine import Engine
 from arbl2.tape import TapeReader
-from arbl2.updates import UpdateBlock, What
+from arbl2.updates import HOME_LEVELS, MAX_BLOCK
 from arbl2_replay import replay
 from benchmarks import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from arbl2.frames import FrameBlock
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = RunConfig()
@@ -62,36 +61,23 @@ class Stages:
     def _engine(self) -> Engine:
         return Engine(self.reader.manifest.instruments, CONFIG)
 
-    @staticmethod
-    def _decode(engine: Engine, block: FrameBlock, updates: UpdateBlock) -> None:
-        updates.what[: len(block)] = What.NOTHING
-        updates.cursor[0] = 0
-        for provider in engine._providers:
-            provider.decode(block, updates)
-
-    @cached_property
-    def decoded(self) -> list[tuple[FrameBlock, UpdateBlock]]:
-        engine, out = self._engine(), []
-        for block in self.blocks:
-            updates = UpdateBlock.allocate(len(block))
-            self._decode(engine, block, updates)
-            out.append((block, updates))
-        return out
-
-    def decode(self) -> None:
+    def decode_and_loop(self) -> tuple[float, float]:
+        """Seconds of decoding, and of the loop alone. They take turns block by block, as in a replay."""
         engine = self._engine()
+        u = engine.state.u
+        in_decode = in_loop = 0.0
         for block in self.blocks:
-            self._decode(engine, block, engine._updates)
-
-    def loop(self) -> None:
-        engine = self._engine()
-        for block, updates in self.decoded:
-            engine._updates = updates
-            first = 0
-            while first < len(block):
-                first = engine._run(block, first, len(block))
-                if engine.state.counters[0]["decisions"] or engine.state.counters[0]["fills"]:
-                    engine._collect()
+            n = len(block)
+            started = time.perf_counter()
+            kernels.come_home(engine.state.record)
+            u.cursor[0] = HOME_LEVELS
+            engine.decode(block, u)
+            decoded = time.perf_counter()
+            u.seq[:n], u.time_ns[:n], u.venue[:n], u.conn[:n] = block.seq, block.time_ns, block.venue, block.conn
+            engine._run_rows(0, n)
+            in_loop += time.perf_counter() - decoded
+            in_decode += decoded - started
+        return in_decode, in_loop
 
     def replay(self) -> None:
         replay(self.session, CONFIG)
@@ -123,14 +109,17 @@ class Stages:
 
     def rounds(self, count: int) -> list[Figure]:
         """Microseconds per message of each stage over ``count`` rounds, after one that is not counted."""
+        parts = ("decode: messages in memory to book updates", "the loop alone: book updates to decisions and fills")
         stages: list[tuple[str, Callable[[], None]]] = [
-            ("decode: messages in memory to book updates", self.decode),
-            ("the loop alone: book updates to decisions and fills", self.loop),
             ("replay from raw: Parquet to key figures (`arbl2_replay.replay`)", self.replay),
             ("plain loop from raw: pyarrow, orjson, Python integers", self.plain_loop),
         ]
-        taken: dict[str, list[float]] = {name: [] for name, _ in stages}
+        taken: dict[str, list[float]] = {name: [] for name in (*parts, *(name for name, _ in stages))}
         for number in range(count + 1):
+            gc.collect()
+            for name, seconds in zip(parts, self.decode_and_loop(), strict=True):
+                if number:
+                    taken[name].append(seconds / self.messages * 1e6)
             for name, stage in stages:
                 gc.collect()
                 started = time.perf_counter()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from arbl2.book import window
 from arbl2.config import RunConfig
 from arbl2.engine import Engine
 from arbl2.tape import TapeReader
@@ -79,8 +80,7 @@ def test_top_of_book_after_every_frame(tmp_path):
             engine.feed(block.slice(i, i + 1))
             data = json.loads(block.payload(i))["data"]
             for side, name in enumerate(("bids", "asks")):
-                n = engine.state.counts[0, side, 0]
-                levels = list(zip(engine.state.px[0, side, :n].tolist(), engine.state.qty[0, side, :n].tolist(), strict=True))
+                levels = list(zip(*(column.tolist() for column in window(engine.state, 0, side)), strict=True))
                 assert levels == [(_e8(price), _e8(size)) for price, size in data[name]]
                 compared += 1
     assert compared == 1_200

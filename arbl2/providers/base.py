@@ -15,7 +15,7 @@ import numpy as np
 
 from arbl2.frames import FrameKind
 from arbl2.money import NumberRefusedError, parse_e8
-from arbl2.scan import instrument_hash, settle
+from arbl2.scan import Names, instrument_hash, write_book, write_levels
 from arbl2.updates import MAX_LEVELS, Reason, What
 
 if TYPE_CHECKING:
@@ -53,11 +53,16 @@ class Instrument:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the strict decoder made of one message. Levels are (price_e8, size_e8), best first, as sent (nothing dropped)."""
+    """What the strict decoder made of one message. Levels are (price_e8, size_e8), as sent (nothing dropped).
+
+    ``what`` says what they are: a BOOK (best first), a CHANGE of one, or a SNAPSHOT to build one on.
+    """
 
     reason: Reason
     instrument: str = ""
+    what: What = What.BOOK
     exchange_ms: int = 0
+    first_id: int = 0
     update_id: int = 0
     bids: tuple[tuple[int, int], ...] = ()
     asks: tuple[tuple[int, int], ...] = ()
@@ -75,18 +80,8 @@ class Provider(ABC):
     def __init__(self, books: Mapping[str, int], *, scanner: bool = True) -> None:
         self.books = dict(books)
         self._scanner = scanner
-        names = [self.wire_name(name).encode() for name in self.books]
-        self._name_ends = np.zeros(len(names) + 1, np.int64)
-        np.cumsum([len(name) for name in names], out=self._name_ends[1:])
-        self._names = np.frombuffer(b"".join(names) or b"\0", dtype=np.uint8)
-        self._book_ids = np.array(list(self.books.values()) or [0], np.int32)
+        self._names = _names({self.wire_name(name).encode(): book for name, book in self.books.items()})
         self._totals = np.full(2, -1, np.int64)  # room for the totals of a frame; -1 where a venue states none
-        self._slots = np.zeros(max(16, 4 * len(names)), np.int64)
-        for index in range(len(names)):
-            slot = instrument_hash(self._names, self._name_ends[index], self._name_ends[index + 1]) % len(self._slots)
-            while self._slots[slot]:
-                slot = (slot + 1) % len(self._slots)
-            self._slots[slot] = index + 1
 
     @staticmethod
     @abstractmethod
@@ -104,46 +99,72 @@ class Provider(ABC):
 
     def decode(self, block: FrameBlock, updates: UpdateBlock) -> None:
         """Fill the rows of this venue's messages; every other row is left alone."""
-        rows = np.flatnonzero((block.venue == self.venue_code) & (block.kind == FrameKind.MESSAGE))
+        ours = block.venue == self.venue_code
+        rows = np.flatnonzero(ours & (block.kind == FrameKind.MESSAGE))
         u = updates
         if self._scanner:
-            type(self)._scan(
-                block.data, block.offsets, rows, self._slots, self._names, self._name_ends, self._book_ids,
-                u.what, u.reason, u.book, u.exchange_ms, u.update_id, u.start, u.n_bid, u.n_ask, u.px_e8, u.qty_e8,
-                u.cursor, self._totals,
-            )  # fmt: skip
+            u.offsets[: len(block) + 1] = block.offsets
+            type(self)._scan(block.data, rows, self._names, u.record, self._totals)
         else:
             u.what[rows] = What.UNREAD
         for i in rows[u.what[rows] == What.UNREAD].tolist():
-            self._read_into(block.payload(i), u, i)
+            self._read_into(self.read, block.payload(i), u, i)
+        for i in np.flatnonzero(ours & (block.kind == FrameKind.REQUEST)).tolist():
+            u.what[i] = What.ASKED
+            u.book[i] = self.books.get(self.asked(block.payload(i)), -1)
+        for i in np.flatnonzero(ours & (block.kind == FrameKind.RESPONSE)).tolist():
+            self._read_into(self.read_response, block.payload(i), u, i)
 
-    def _read_into(self, payload: bytes, u: UpdateBlock, i: int) -> None:
+    def asked(self, request: bytes) -> str:
+        """The instrument whose snapshot a REST request asks for; "" if it asks for something else."""
+        return ""
+
+    def read_response(self, body: bytes) -> Reading:
+        """Decode the body of a REST answer strictly. Raises RefusedError for bad input."""
+        return Reading(Reason.REST)
+
+    def _read_into(self, read: Callable[[bytes], Reading], payload: bytes, u: UpdateBlock, i: int) -> None:
         try:
-            reading = self.read(payload)
+            reading = read(payload)
         except RefusedError as refused:
             book = self.books.get(refused.instrument, -1)
             u.what[i] = What.NOTHING if book < 0 else What.DOUBT
             u.reason[i], u.book[i] = refused.reason, book
-            u.n_bid[i] = u.n_ask[i] = u.update_id[i] = u.exchange_ms[i] = 0
+            u.n_bid[i] = u.n_ask[i] = u.first_id[i] = u.update_id[i] = u.exchange_ms[i] = 0
             return
         u.what[i], u.reason[i], u.book[i] = What.NOTHING, reading.reason, -1
-        if reading.reason is not Reason.BOOK:
+        if reading.reason not in _WITH_LEVELS or (reading.reason is Reason.REST and not reading.update_id):
             return
         at = int(u.cursor[0])
         n, m = len(reading.bids), len(reading.asks)
-        ask_at = at + MAX_LEVELS
+        ask_at = at + (MAX_LEVELS if reading.what is What.BOOK else n)
         if n:
             u.px_e8[at : at + n], u.qty_e8[at : at + n] = zip(*reading.bids, strict=True)
         if m:
             u.px_e8[ask_at : ask_at + m], u.qty_e8[ask_at : ask_at + m] = zip(*reading.asks, strict=True)
-        totals = np.array([reading.total_bid_e8, reading.total_ask_e8], np.int64)
-        bids, asks, reason = settle(u.px_e8, u.qty_e8, at, n, ask_at, m, totals)
-        u.book[i] = self.books[reading.instrument]
-        u.what[i] = What.BOOK if reason == Reason.BOOK else What.DOUBT
-        u.reason[i] = reason
-        u.exchange_ms[i], u.update_id[i] = reading.exchange_ms, reading.update_id
-        u.start[i], u.n_bid[i], u.n_ask[i] = at, bids, asks
-        u.cursor[0] = at + bids + asks
+        u.exchange_ms[i], u.first_id[i], u.update_id[i] = reading.exchange_ms, reading.first_id, reading.update_id
+        book = self.books.get(reading.instrument, -1)
+        if reading.what is What.BOOK:
+            write_book(u.record, i, book, at, n, m, np.array([reading.total_bid_e8, reading.total_ask_e8], np.int64))
+        else:
+            write_levels(u.record, i, book, int(reading.what), int(reading.reason), at, n, m)
+
+
+_WITH_LEVELS = (Reason.BOOK, Reason.DIFF, Reason.REST)
+
+
+def _names(books: Mapping[bytes, int]) -> Names:
+    """The lookup table of the scanner: wire name to book."""
+    text = np.frombuffer(b"".join(books) or b"\0", dtype=np.uint8)
+    ends = np.zeros(len(books) + 1, np.int64)
+    np.cumsum([len(name) for name in books], out=ends[1:])
+    slots = np.zeros(max(16, 4 * len(books)), np.int64)
+    for index in range(len(books)):
+        slot = instrument_hash(text, ends[index], ends[index + 1]) % len(slots)
+        while slots[slot]:
+            slot = (slot + 1) % len(slots)
+        slots[slot] = index + 1
+    return Names(slots, text, ends, np.array(list(books.values()) or [0], np.int32))
 
 
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])

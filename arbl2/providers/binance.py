@@ -1,9 +1,15 @@
-"""Binance spot: what its messages mean.
+"""Binance spot: what its messages and the bodies of its depth requests mean.
 
 The combined partial depth ``{"stream":"btcusdt@depth20@100ms","data":{"lastUpdateId":...,"bids":[...],"asks":[...]}}`` replaces
 the book. It has no symbol, no event time and no ``e``: the instrument is known from the stream's name only, so the ``/stream``
 endpoint must be used. ``lastUpdateId`` may repeat (a refresh) but never goes back within a connection. Acks and errors stand
-outside the wrapper. Prices and quantities are strings with eight decimals, whatever the tick.
+outside the wrapper.
+
+A depth change (``btcusdt@depth@100ms``, event ``depthUpdate``) carries the ids ``U`` to ``u`` of what changed since the one
+before and absolute sizes, 0 = gone; together with a snapshot (``GET /api/v3/depth``) it gives the whole book. Which changes
+belong to which snapshot is the loop's business (``kernels.change``). Futures chain by ``pu`` instead and are refused.
+
+Prices and quantities are strings with eight decimals, whatever the tick.
 
 Source: github.com/binance/binance-spot-api-docs web-socket-streams.md (2026-07).
 """
@@ -28,7 +34,7 @@ from arbl2.providers.base import (
     read_string,
 )
 from arbl2.scan import scan_binance
-from arbl2.updates import MAX_LEVELS, Reason
+from arbl2.updates import MAX_CHANGES, MAX_LEVELS, Reason, What
 
 if TYPE_CHECKING:
     from msgspec import Raw
@@ -36,9 +42,10 @@ if TYPE_CHECKING:
 _QUOTES = ("USDT", "USDC", "FDUSD", "TUSD", "BUSD", "BTC", "ETH", "BNB", "EUR", "TRY", "BRL", "JPY")
 _NAME = re.compile(rf"([A-Z0-9]{{1,12}}?)({'|'.join(_QUOTES)})\Z")
 _PARTIAL = re.compile(r"([a-z0-9]{1,24})@depth(?:5|10|20)(?:@100ms)?\Z")
+_DIFF = re.compile(r"([a-z0-9]{1,24})@depth(?:@100ms)?\Z")
+_ASKED = re.compile(r"/api/v3/depth\?(?:[^#]*&)?symbol=([A-Z0-9]{1,24})(?:[&#]|\Z)")
 _LEVELS = msgspec.json.Decoder(list[list[msgspec.Raw]])
 _EVENTS = {
-    "depthUpdate": Reason.DIFF,
     "trade": Reason.TRADE,
     "aggTrade": Reason.TRADE,
     "24hrTicker": Reason.TICKER,
@@ -47,7 +54,7 @@ _EVENTS = {
 
 
 class BinanceL2Provider(Provider):
-    """Partial depth books of Binance spot."""
+    """Partial depth, depth changes and snapshots of Binance spot."""
 
     venue = ExchangeId.BINANCE
     venue_code = BINANCE
@@ -69,13 +76,16 @@ class BinanceL2Provider(Provider):
         """Decode one message strictly. Raises RefusedError for bad input."""
         members = read_object(payload)
         if "stream" not in members:
-            return Reading(_bare(members))
+            return self._change(members) if _is_change(members) else Reading(_bare(members))
         stream = read_string(members["stream"])
         if stream == "!serverShutdown":
             return Reading(Reason.SHUTDOWN)
         partial = _PARTIAL.match(stream)
-        symbol = partial[1].upper() if partial else ""
+        match = partial or _DIFF.match(stream)
+        symbol = match[1].upper() if match else ""
         data = _data(members, symbol)
+        if _is_change(data):
+            return self._change(data, symbol)
         if partial is None:
             return Reading(_event(data, stream))
         if symbol not in self.books:
@@ -84,9 +94,64 @@ class BinanceL2Provider(Provider):
             Reason.BOOK,
             instrument=symbol,
             update_id=read_count(data.get("lastUpdateId"), symbol),
-            bids=_side(data.get("bids"), symbol),
-            asks=_side(data.get("asks"), symbol),
+            bids=_side(data.get("bids"), symbol, MAX_LEVELS),
+            asks=_side(data.get("asks"), symbol, MAX_LEVELS),
         )
+
+    def _change(self, data: dict[str, Raw], named: str = "") -> Reading:
+        """A depth change; ``named`` is the symbol of its stream, which must be its own."""
+        symbol = read_string(data.get("s"), named)
+        if named and symbol != named:
+            raise RefusedError(Reason.WRONG_SHAPE, named)
+        if "pu" in data:
+            raise RefusedError(Reason.FUTURES, symbol)
+        if symbol not in self.books:
+            return Reading(Reason.UNKNOWN_INSTRUMENT)
+        first_id, last_id = (read_count(data.get(key), symbol) for key in ("U", "u"))
+        if first_id > last_id:
+            raise RefusedError(Reason.WRONG_SHAPE, symbol)
+        return Reading(
+            Reason.DIFF,
+            instrument=symbol,
+            what=What.CHANGE,
+            exchange_ms=read_count(data.get("E"), symbol),
+            first_id=first_id,
+            update_id=last_id,
+            bids=_side(data.get("b"), symbol, MAX_CHANGES),
+            asks=_side(data.get("a"), symbol, MAX_CHANGES),
+        )
+
+    def asked(self, request: bytes) -> str:
+        """The symbol of a depth request; "" for any other."""
+        try:
+            match = _ASKED.search(_REQUEST.decode(request).url)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return ""
+        return match[1] if match else ""
+
+    def read_response(self, body: bytes) -> Reading:
+        """Decode the body of a REST answer: a depth snapshot, or something that is no book. Raises RefusedError for bad input."""
+        if b'"lastUpdateId"' not in body:
+            return Reading(Reason.REST)
+        data = read_object(body)
+        return Reading(
+            Reason.REST,
+            what=What.SNAPSHOT,
+            update_id=read_count(data.get("lastUpdateId")),
+            bids=_side(data.get("bids"), "", MAX_CHANGES),
+            asks=_side(data.get("asks"), "", MAX_CHANGES),
+        )
+
+
+class _Request(msgspec.Struct):
+    url: str
+
+
+_REQUEST = msgspec.json.Decoder(_Request)
+
+
+def _is_change(data: dict[str, Raw]) -> bool:
+    return "e" in data and read_string(data["e"]) == "depthUpdate"
 
 
 def _bare(members: dict[str, Raw]) -> Reason:
@@ -118,9 +183,9 @@ def _data(members: dict[str, Raw], symbol: str) -> dict[str, Raw]:
         raise RefusedError(refused.reason, symbol) from None
 
 
-def _side(raw: Raw | None, symbol: str) -> tuple[tuple[int, int], ...]:
+def _side(raw: Raw | None, symbol: str, most: int) -> tuple[tuple[int, int], ...]:
     levels = read_as(_LEVELS, raw, symbol)
-    if len(levels) > MAX_LEVELS:
+    if len(levels) > most:
         raise RefusedError(Reason.TOO_MANY_LEVELS, symbol)
     return tuple(_level(level, symbol) for level in levels)
 

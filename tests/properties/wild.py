@@ -8,7 +8,7 @@ import numpy as np
 
 from arbl2.frames import BINANCE, UPBIT, FrameBlock, FrameKind
 from arbl2.providers import BinanceL2Provider, UpbitL2Provider
-from arbl2.updates import Reason, UpdateBlock, What
+from arbl2.updates import MAX_BLOCK, Reason, UpdateBlock, What
 from arbl2_replay.wire import Book, binance_combined, binance_depth, upbit_orderbook
 
 if TYPE_CHECKING:
@@ -61,11 +61,14 @@ def block_of(payloads: Sequence[bytes], venue: int, *, data: bytes | None = None
 
 
 def rows_of(block: FrameBlock, decoder: Provider) -> list[Row]:
-    n = len(block)
-    u = UpdateBlock.allocate(n)
-    with np.errstate(over="ignore"):  # too many digits wrap before they are refused, which NumPy reports without the JIT
-        decoder.decode(block, u)
-    return [_row(u, i) for i in range(n)]
+    rows: list[Row] = []
+    for start in range(0, len(block), MAX_BLOCK):
+        part = block.slice(start, min(start + MAX_BLOCK, len(block)))
+        u = UpdateBlock()
+        with np.errstate(over="ignore"):  # too many digits wrap before they are refused, which NumPy reports without the JIT
+            decoder.decode(part, u)
+        rows += [_row(u, i) for i in range(len(part))]
+    return rows
 
 
 def _row(u: UpdateBlock, i: int) -> Row:
