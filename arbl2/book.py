@@ -115,6 +115,7 @@ class State:
     balance: NDArray[np.int64]
     locked: NDArray[np.int64]
     orders: NDArray[Any]
+    no_order: NDArray[Any]
     order_state: NDArray[np.int64]
     taken: NDArray[np.int64]
     counters: NDArray[Any]

@@ -300,6 +300,7 @@ class Engine:
                     "updates": int(s.books[k]["updates"]),
                     "gap_median_ns": _quantile_ns(s.gaps[k], 0.5),
                     "gap_p99_ns": _quantile_ns(s.gaps[k], 0.99),
+                    "checksum": f"{int(s.books[k]['checksum']) % 2**64:016x}",
                     "best_bid_e8": best_px_e8(s, k, 0),
                     "best_ask_e8": best_px_e8(s, k, 1),
                 }
@@ -395,11 +396,17 @@ def _packed(policy: Policy | ThresholdPolicy) -> Any:
 
 
 @functools.cache
-def warm_up() -> None:
-    """Compile every kernel of a replay, or load it from numba's cache: seconds to half a minute the first time, then nothing."""
+def warm_decoders() -> None:
+    """Compile the kernels that decode, or load them from numba's cache."""
+    engine = Engine({"upbit": ["KRW-BTC"], "binance": ["BTCUSDT"]}, RunConfig())
+    engine.decode(FrameBlock.from_frames([], Anchor(0, 0)), engine.state.u)
+
+
+@functools.cache
+def warm_loop() -> None:
+    """Compile the kernels of the loop, or load them from numba's cache."""
     engine = Engine({"upbit": ["KRW-BTC", "KRW-USDT"], "binance": ["BTCUSDT"]}, RunConfig())
-    empty = FrameBlock.from_frames([], Anchor(0, 0))
-    engine._feed(empty, engine.decode)
+    kernels.come_home(engine.state.record)
     engine._run(0, 0)
     engine.finish()
 

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-# _nrt=False: kernels own no memory, so the arrays passed from kernel to kernel need no reference counting (a fifth of the loop's
-# time). It also makes numba refuse a kernel that allocates.
-# forceinline: a row's way through the small kernels is one piece of machine code (a third of the loop's time).
-_OPTIONS: Any = {"nogil": True, "_nrt": False, "forceinline": False}
+# _nrt=False: kernels own no memory, so arrays passed from kernel to kernel need no reference counting (a fifth of the loop's
+# time when there were many). It also makes numba refuse a kernel that allocates.
+_OPTIONS: Any = {"nogil": True, "_nrt": False}
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -34,6 +33,12 @@ def kernel(function: F) -> F:
         return cast("F", numba.njit(cache=True, **_OPTIONS)(function))
     except RuntimeError:  # numba found no writable cache folder: compile anew in each process
         return cast("F", numba.njit(**_OPTIONS)(function))
+
+
+def part(function: F) -> F:
+    """Compile a kernel that only kernels call: no door for Python, no copy of its own on disk."""
+    options = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast("F", numba.njit(**options)(function))
 
 
 def as_record(records: NDArray[Any], views: Any) -> Any:

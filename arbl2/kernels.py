@@ -26,7 +26,7 @@ import numpy as np
 
 from arbl2.events import DECISION_DTYPE, FILL_DTYPE, Direction, FillStatus, Intent, Outcome, Side
 from arbl2.frames import BINANCE, UPBIT
-from arbl2.jit import kernel
+from arbl2.jit import kernel, part
 from arbl2.updates import MAX_CHANGES, MAX_LEVELS, UPDATES, Reason, What
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def state_dtype(books: int) -> np.dtype[Any]:
             ("balance", "<i8", (3, 1 + pairs)),
             ("locked", "<i8", (3, 1 + pairs)),
             ("orders", FILL_DTYPE, (ORDER_SLOTS,)),
+            ("no_order", FILL_DTYPE, (1,)),  # zeros
             ("order_state", "<i8", (ORDER_SLOTS, 4)),
             ("taken", "<i8", (ORDER_SLOTS, MAX_LEVELS, 2)),
             ("counters", COUNTERS, (1,)),
@@ -306,7 +307,7 @@ def size_for_e8(amount: int, px: int) -> int:
 # --- books ------------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@part
 def _eaten_at(s: State, b: int, side: int, px: int) -> int:
     """What our own orders took from a level and the venue has not shown anew."""
     for k in range(s.window[b, side, _TAKES]):
@@ -315,7 +316,7 @@ def _eaten_at(s: State, b: int, side: int, px: int) -> int:
     return 0
 
 
-@kernel
+@part
 def _eat(s: State, b: int, side: int, px: int, take: int, time_ns: int) -> None:
     """Remember a take. A full table forgets the level farthest from the touch: all but 30 of its levels are out of sight."""
     count = s.window[b, side, _TAKES]
@@ -337,7 +338,7 @@ def _eat(s: State, b: int, side: int, px: int, take: int, time_ns: int) -> None:
     s.eaten[b, side, at, _SEEN] = time_ns
 
 
-@kernel
+@part
 def _heal_eaten(s: State, b: int, side: int, time_ns: int) -> None:
     """After an update: what we took stays taken, but never more than is displayed; a level that is gone is forgotten.
 
@@ -369,7 +370,7 @@ def _heal_eaten(s: State, b: int, side: int, time_ns: int) -> None:
     s.window[b, side, _TAKES] = keep
 
 
-@kernel
+@part
 def _touch(s: State, b: int, side: int) -> int:
     """Best price that still has something to take; 0 if there is none."""
     if s.window[b, side, _TAKES] == 0:
@@ -382,13 +383,13 @@ def _touch(s: State, b: int, side: int) -> int:
     return 0
 
 
-@kernel
+@part
 def _shown(s: State, b: int, side: int) -> int:
     """Best displayed price; 0 if there is none."""
     return int(s.u.px_e8[s.window[b, side, _START]]) if s.window[b, side, _LEVELS] > 0 else 0
 
 
-@kernel
+@part
 def _depth(s: State, b: int, side: int, limit: int) -> int:
     """Displayed size at ``limit`` or better (what others show; our own takes are not subtracted)."""
     total = 0
@@ -401,7 +402,7 @@ def _depth(s: State, b: int, side: int, limit: int) -> int:
     return total
 
 
-@kernel
+@part
 def _displayed_quote(s: State, b: int, side: int, size: int) -> int:
     """What taking ``size`` from the displayed book costs or pays, best level first; -1 on overflow."""
     left = size
@@ -419,7 +420,7 @@ def _displayed_quote(s: State, b: int, side: int, size: int) -> int:
     return quote
 
 
-@kernel
+@part
 def _walk(s: State, b: int, side: int, limit: int, size: int, slot: int, execute: bool, time_ns: int) -> tuple[int, int, int]:
     """Take up to ``size`` at ``limit`` or better, level by level, from what is displayed and not yet eaten.
 
@@ -459,7 +460,7 @@ def _walk(s: State, b: int, side: int, limit: int, size: int, slot: int, execute
 # --- orders -----------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@part
 def _write_fill(s: State, slot: int) -> None:
     """Move an order from the table to the fill events and close the gap it leaves."""
     s.fills[s.counters[0]["fills"]] = s.orders[slot]
@@ -467,17 +468,15 @@ def _write_fill(s: State, slot: int) -> None:
     last = s.counters[0]["active"] - 1
     for k in range(slot, last):
         s.orders[k] = s.orders[k + 1]
-        s.order_state[k, 0] = s.order_state[k + 1, 0]
-        s.order_state[k, 1] = s.order_state[k + 1, 1]
-        s.order_state[k, 2] = s.order_state[k + 1, 2]
-        s.order_state[k, 3] = s.order_state[k + 1, 3]
+        for j in range(4):
+            s.order_state[k, j] = s.order_state[k + 1, j]
         for j in range(MAX_LEVELS):
-            s.taken[k, j, _PX] = s.taken[k + 1, j, _PX]
-            s.taken[k, j, _QTY] = s.taken[k + 1, j, _QTY]
+            for column in (_PX, _QTY):
+                s.taken[k, j, column] = s.taken[k + 1, j, column]
     s.counters[0]["active"] = last
 
 
-@kernel
+@part
 def _next_due(s: State) -> int:
     """Slot of the order in flight that arrives first (ties: the one sent first), or -1; notes when that is."""
     best = -1
@@ -490,7 +489,7 @@ def _next_due(s: State) -> int:
     return best
 
 
-@kernel
+@part
 def _execute(s: State, slot: int) -> None:
     """An order meets the book as it stood at its arrival: walk, fee, ledger."""
     order = s.orders[slot]
@@ -561,10 +560,10 @@ def advance(s: State, time_ns: int) -> None:
         _next_due(s)
 
 
-@kernel
+@part
 def _resolve(s: State, b: int, time_ns: int, good: bool) -> None:
     """Write the executed orders of book ``b``: ``good`` if its new state is the first trusted book after their arrival."""
-    slot = 0
+    slot = i8(0)
     while slot < s.counters[0]["active"]:
         if s.order_state[slot, 0] != _AWAITS or s.order_state[slot, 1] != b:
             slot += 1
@@ -584,7 +583,7 @@ def _resolve(s: State, b: int, time_ns: int, good: bool) -> None:
 # --- one row ----------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@part
 def _renew(s: State, b: int, time_ns: int, conn: int, update_id: int, exchange_ms: int) -> None:
     """Note that a good message of the book came."""
     book = s.books[b]
@@ -600,13 +599,13 @@ def _renew(s: State, b: int, time_ns: int, conn: int, update_id: int, exchange_m
     book["updates"] += 1
 
 
-@kernel
+@part
 def _fold(s: State, b: int, time_ns: int, check: int) -> None:
     """Fold what came, and when, into the checksum of the book. It wraps on purpose."""
     s.books[b]["checksum"] = ((s.books[b]["checksum"] ^ time_ns) + check) * 0x5851F42D4C957F2D
 
 
-@kernel
+@part
 def _settle(s: State, b: int, time_ns: int) -> None:
     """The book has changed: orders that waited for it, and what we took from it."""
     if s.counters[0]["active"] > 0:
@@ -617,14 +616,14 @@ def _settle(s: State, b: int, time_ns: int) -> None:
         _heal_eaten(s, b, _ASK, time_ns)
 
 
-@kernel
+@part
 def _doubt(s: State, b: int, time_ns: int) -> None:
     """The book cannot be trusted until its next good message."""
     s.books[b]["trusted"] = 0
     _resolve(s, b, time_ns, _NO)
 
 
-@kernel
+@part
 def _leave(s: State, venue: int, conn: int, closed: bool, time_ns: int) -> None:
     """A connection closed, or messages of it were dropped: every book that it fed."""
     for k in range(s.counters[0]["books"]):
@@ -635,7 +634,7 @@ def _leave(s: State, venue: int, conn: int, closed: bool, time_ns: int) -> None:
             _doubt(s, k, time_ns)
 
 
-@kernel
+@part
 def _is_copy(s: State, b: int, time_ns: int, conn: int, update_id: int, exchange_ms: int) -> bool:
     """In a merged run: a book of another session than the one that feeds it, and not newer than what is known.
 
@@ -649,7 +648,7 @@ def _is_copy(s: State, b: int, time_ns: int, conn: int, update_id: int, exchange
     return bool(update_id <= book["update_id"] if update_id > 0 else exchange_ms <= book["exchange_ms"])
 
 
-@kernel
+@part
 def _window(s: State, i: int, b: int, time_ns: int) -> Any:
     """A whole window replaces the book: it is used where it stands."""
     u = s.u
@@ -679,14 +678,14 @@ def _window(s: State, i: int, b: int, time_ns: int) -> Any:
 # --- full books -------------------------------------------------------------------------------------------------------
 
 
-@kernel
+@part
 def _is_known(s: State, b: int, side: int, px: int) -> bool:
     """Every level up to this price is known: it lies within the snapshot's range."""
     known = s.books[b]["known_px"][side]
     return bool(px >= known if side == _BID else px <= known)
 
 
-@kernel
+@part
 def _rung(s: State, b: int, side: int, px: int) -> Any:
     """Where a price stands in the ladder, or would."""
     low = i8(0)
@@ -701,7 +700,7 @@ def _rung(s: State, b: int, side: int, px: int) -> Any:
     return low
 
 
-@kernel
+@part
 def _set_level(s: State, b: int, side: int, px: int, qty: int) -> None:
     """One level of a depth change: its new size, 0 = gone. A full ladder forgets its worst level, and knows that much less."""
     n = s.books[b]["rungs"][side]
@@ -742,14 +741,7 @@ def _set_level(s: State, b: int, side: int, px: int, qty: int) -> None:
     s.rung_from[b, side, at] = FROM_CHANGE if _is_known(s, b, side, px) else BEYOND
 
 
-@kernel
-def _set_levels(s: State, b: int, px: Ints, qty: Ints, at: int, n_bid: int, n_ask: int) -> None:
-    """Every level of a depth change, in the order sent."""
-    for k in range(n_bid + n_ask):
-        _set_level(s, b, _BID if k < n_bid else _ASK, px[at + k], qty[at + k])
-
-
-@kernel
+@part
 def _show(s: State, b: int) -> bool:
     """The best levels of the ladder, as far as every level is known, become the window. False if the book is crossed."""
     for side in range(2):
@@ -770,7 +762,7 @@ def _show(s: State, b: int) -> bool:
     return bool(bid == 0 or ask == 0 or bid < ask)
 
 
-@kernel
+@part
 def _hold(s: State, i: int, b: int) -> None:
     """Keep a change until the snapshot comes (step 1 of the venue's rules). When there is no more room, start anew."""
     u = s.u
@@ -795,14 +787,14 @@ def _hold(s: State, i: int, b: int) -> None:
     book["held_levels"] = at + n
 
 
-@kernel
+@part
 def _changes_count(s: State, b: int) -> bool:
     """Depth changes make this book."""
     depth = s.config[0]["depth"]
     return bool(depth == CHANGES_ONLY or (depth == AUTO and s.books[b]["windowed"] == 0))
 
 
-@kernel
+@part
 def _change(s: State, i: int, b: int, time_ns: int) -> Any:
     """A depth change, by the venue's rules for a local book: none before the snapshot, none twice, none missing."""
     u = s.u
@@ -823,7 +815,9 @@ def _change(s: State, i: int, b: int, time_ns: int) -> Any:
         _hold(s, i, b)
         u.reason[i] = _GAP
         return _REFUSED
-    _set_levels(s, b, u.px_e8, u.qty_e8, i8(u.start[i]), i8(u.n_bid[i]), i8(u.n_ask[i]))
+    for k in range(i8(u.n_bid[i]) + u.n_ask[i]):
+        at = u.start[i] + k
+        _set_level(s, b, _BID if k < u.n_bid[i] else _ASK, u.px_e8[at], u.qty_e8[at])
     _renew(s, b, time_ns, i8(u.conn[i]), u.update_id[i], u.exchange_ms[i])
     if not _show(s, b):
         u.reason[i] = _CROSSED
@@ -833,7 +827,7 @@ def _change(s: State, i: int, b: int, time_ns: int) -> Any:
     return _CHANGED
 
 
-@kernel
+@part
 def _load(s: State, i: int, b: int) -> bool:
     """A snapshot becomes the ladder; what it shows is the range in which every level is known. False if it is not sorted."""
     u = s.u
@@ -856,7 +850,7 @@ def _load(s: State, i: int, b: int) -> bool:
     return True
 
 
-@kernel
+@part
 def _snapshot(s: State, i: int, time_ns: int) -> Any:
     """The snapshot that was asked for last: load it, then every change held that is newer (steps 3 to 6 of the venue's rules)."""
     u = s.u
@@ -888,7 +882,9 @@ def _snapshot(s: State, i: int, time_ns: int) -> Any:
             book["synced"] = 0
             book["trusted"] = 0
             return _IDLE
-        _set_levels(s, b, s.held_px[b], s.held_qty[b], i8(row["start"]), i8(row["n_bid"]), i8(row["n_ask"]))
+        for j in range(i8(row["n_bid"]) + row["n_ask"]):
+            at = row["start"] + j
+            _set_level(s, b, _BID if j < row["n_bid"] else _ASK, s.held_px[b, at], s.held_qty[b, at])
         last_id = row["update_id"]
         last = i8(k)
     book["held_rows"] = 0
@@ -904,7 +900,7 @@ def _snapshot(s: State, i: int, time_ns: int) -> Any:
     return _CHANGED
 
 
-@kernel
+@part
 def apply(s: State, i: int, time_ns: int) -> Any:
     """One row changes the books: what came of it, and for a refused row the reason why."""
     u = s.u
@@ -1019,7 +1015,7 @@ def exit_size_e8(held: int, size: int, lot: int, px: int, min_notional: int) -> 
     return part if value < 0 or value >= min_notional else 0
 
 
-@kernel
+@part
 def threshold(s: State, pair: int) -> bool:
     """The entry / take-profit policy. Fills ``s.ask`` (direction, intent, upbit_size_e8, binance_size_e8); False = no trade.
 
@@ -1067,7 +1063,7 @@ def threshold(s: State, pair: int) -> bool:
     return False
 
 
-@kernel
+@part
 def _lock_for(s: State, pair: int, venue: int, side: int, px: int, size: int) -> int:
     """What a leg must set aside at worst (quote currency for a buy, coin for a sell); minus an Outcome if it cannot be sent."""
     value = notional_e8(px, size, _YES)
@@ -1083,7 +1079,7 @@ def _lock_for(s: State, pair: int, venue: int, side: int, px: int, size: int) ->
     return need if s.balance[venue, 0] - s.locked[venue, 0] >= need else -_NO_BALANCE
 
 
-@kernel
+@part
 def _is_sound(s: State, lot: int) -> bool:
     """A known direction and intent, whole lots, none negative, at least one leg."""
     known = (s.ask[0] == _SELL_UPBIT or s.ask[0] == _BUY_UPBIT) and (s.ask[1] == _ENTRY or s.ask[1] == _EXIT)
@@ -1091,12 +1087,13 @@ def _is_sound(s: State, lot: int) -> bool:
     return bool(known and whole and s.ask[2] + s.ask[3] > 0)
 
 
-@kernel
+@part
 def _send(s: State, decision: Any, venue: int, b: int, side: int, limit: int, size: int, lock: int) -> int:
     """Put one leg in flight; returns its order id."""
     slot = s.counters[0]["active"]
     s.counters[0]["active"] = slot + 1
     s.counters[0]["last_order"] += 1
+    s.orders[slot] = s.no_order[0]
     order = s.orders[slot]
     book_side = _ASK if side == _BUY else _BID
     depth = _depth(s, b, book_side, limit)
@@ -1115,25 +1112,12 @@ def _send(s: State, decision: Any, venue: int, b: int, side: int, limit: int, si
     order["depth_e8"] = depth
     order["visible_quote_e8"] = max(_displayed_quote(s, b, book_side, visible), 0)
     order["decision_book_ns"] = s.books[b]["last_ns"]
-    order["filled_e8"] = 0
-    order["quote_e8"] = 0
-    order["fee_e8"] = 0
-    order["before_ns"] = 0
-    order["before_e8"] = 0
-    order["after_ns"] = 0
-    order["after_e8"] = 0
-    order["after_filled_e8"] = 0
-    order["after_quote_e8"] = 0
     order["symbol"] = decision["symbol"]
-    order["levels"] = 0
     order["venue"] = venue
     order["side"] = side
     order["direction"] = decision["direction"]
     order["intent"] = decision["intent"]
-    order["status"] = 0
-    order["fee_in_base"] = 0
     order["first_in_episode"] = decision["first_in_episode"]
-    order["resolved"] = 0
     s.order_state[slot, 0] = _IN_FLIGHT
     s.order_state[slot, 1] = b
     s.order_state[slot, 2] = lock

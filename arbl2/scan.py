@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from arbl2.jit import kernel
+from arbl2.jit import kernel, part
 from arbl2.updates import MAX_CHANGES, MAX_LEVELS, Reason, What
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Names(NamedTuple):
     books: NDArray[np.int32]
 
 
-@kernel
+@part
 def _literal(data: Bytes, p: int, end: int, text: Bytes) -> int:
     """Position after ``text`` if it stands at ``p``, else -1."""
     n = len(text)
@@ -109,7 +109,7 @@ def _literal(data: Bytes, p: int, end: int, text: Bytes) -> int:
     return p + n
 
 
-@kernel
+@part
 def _digits(data: Bytes, p: int, end: int) -> tuple[Value, int]:
     """A plain non-negative integer of at most 18 digits: (value, position after it), position -1 if there is none."""
     value = np.int64(0)
@@ -127,7 +127,7 @@ def _digits(data: Bytes, p: int, end: int) -> tuple[Value, int]:
     return value, p
 
 
-@kernel
+@part
 def _number_e8(data: Bytes, p: int, end: int, exact: bool) -> tuple[Value, int]:
     """A non-negative JSON number as int64 of 10^-8: (value, position after it), position -1 if it is not plain enough.
 
@@ -179,7 +179,7 @@ def _number_e8(data: Bytes, p: int, end: int, exact: bool) -> tuple[Value, int]:
     return whole, p
 
 
-@kernel
+@part
 def _exponent(data: Bytes, p: int, end: int) -> tuple[int, int]:
     """The signed exponent of a number, one or two digits: (value, position after it), position -1 if there is none."""
     sign = 1
@@ -209,7 +209,7 @@ def instrument_hash(data: Bytes, start: int, stop: int) -> Value:
     return h
 
 
-@kernel
+@part
 def _find_book(data: Bytes, start: int, stop: int, names: Names) -> int:
     """The book whose name stands at ``data[start:stop]``, or -1."""
     size = len(names.slots)
@@ -286,7 +286,7 @@ def _upbit_grammar(spelling: int) -> Callable[..., tuple[int, int, Value]]:
     ask_price, bid_price, ask_size, bid_size = (w[spelling] for w in (_U_AP, _U_BP, _U_AS, _U_BS))
     stream, level = _U_STREAM[spelling], _U_LEVEL[spelling]
 
-    @kernel
+    @part
     def frame(
         data: Bytes,
         s: int,
@@ -376,7 +376,7 @@ _upbit_default = _upbit_grammar(0)
 _upbit_simple = _upbit_grammar(1)
 
 
-@kernel
+@part
 def _side(data: Bytes, p: int, end: int, px: Ints, qty: Ints, at: int, most: int) -> tuple[int, int]:
     """Binance levels ``["price","size"],...``: (levels, position after the last), levels -1 if not of the exact grammar."""
     n = 0
@@ -400,7 +400,7 @@ def _side(data: Bytes, p: int, end: int, px: Ints, qty: Ints, at: int, most: int
         p += 1
 
 
-@kernel
+@part
 def _name_end(data: Bytes, p: int, end: int) -> int:
     """Position after the lower-case name of a stream, -1 if there is none."""
     name = p
@@ -412,7 +412,7 @@ def _name_end(data: Bytes, p: int, end: int) -> int:
     return p if p > name else _FAIL
 
 
-@kernel
+@part
 def _binance_window(data: Bytes, p: int, end: int, px: Ints, qty: Ints, at: int) -> tuple[int, int, int]:
     """The rest of a combined partial depth, from its depth on: (bids, asks, lastUpdateId), bids -1 if of another grammar.
 
@@ -443,7 +443,7 @@ def _binance_window(data: Bytes, p: int, end: int, px: Ints, qty: Ints, at: int)
     return bids, asks, update_id
 
 
-@kernel
+@part
 def _binance_change(
     data: Bytes, p: int, end: int, name: int, name_stop: int, px: Ints, qty: Ints, at: int
 ) -> tuple[int, int, int, int, int]:
@@ -486,7 +486,7 @@ def _binance_change(
     return bids, asks, event_ms, first_id, last_id
 
 
-@kernel
+@part
 def level_check(px: Ints, qty: Ints, at: int, n_bid: int, n_ask: int) -> Value:
     """A checksum of the levels of one row, for the digest.
 

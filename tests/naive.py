@@ -389,7 +389,11 @@ class NaiveEngine:
 
     def __init__(self, instruments: Mapping[str, Sequence[str]], config: RunConfig) -> None:
         self.config = config
-        self.books = {venue: {name: Book(venue) for name in instruments.get(venue, ())} for venue in VENUE_CODE}
+        kept = {f"KRW-{coin}" for coin in config.symbols} | {"KRW-USDT"} | {f"{coin}USDT" for coin in config.symbols}
+        self.books = {
+            venue: {name: Book(venue) for name in instruments.get(venue, ()) if not config.symbols or name in kept}
+            for venue in VENUE_CODE
+        }
         self.fx = self.books["upbit"].get("KRW-USDT")
         upbit = {name.removeprefix("KRW-") for name in self.books["upbit"]}
         binance = {name.removesuffix("USDT") for name in self.books["binance"]}

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from arbl2.book import State, Universe
+from arbl2.book import Universe, new_state
 from arbl2.config import MAX_TEXT, PaperConfig, PolicyConfig, RunConfig, checked, load, loads, starting_coins_e8
 from arbl2.errors import ConfigError
 from arbl2.rules import RuleOverride
@@ -140,7 +140,7 @@ def test_a_rule_that_is_none_is_refused_before_the_first_frame(lot):
     config = RunConfig(rules={"BTC": RuleOverride(lot=lot)})
     universe = Universe.of({"upbit": ["KRW-BTC", "KRW-USDT"], "binance": ["BTCUSDT"]}, ())
     with pytest.raises(ConfigError, match=r"\[rules\.BTC\] lot"):
-        State.build(universe, config)
+        new_state(universe, config)
 
 
 def test_an_empty_file_is_a_configuration():
@@ -155,8 +155,8 @@ def test_coins_at_the_start():
 
 
 CANONICAL = (
-    b'{"symbols":["BTC","XRP"],"aggregator":{"stale_s":1.5,"fx_stale_s":10.0},"policy":{"entry_bps":12.0,"tp_bps":-3.5,'
-    b'"size_krw":"500000","max_position_krw":"3000000"},"paper":{"upbit_latency_ms":20.0,"binance_latency_ms":60.0,'
+    b'{"symbols":["BTC","XRP"],"aggregator":{"stale_s":1.5,"fx_stale_s":10.0,"binance_depth":"auto"},"policy":{"entry_bps":12.0,'
+    b'"tp_bps":-3.5,"size_krw":"500000","max_position_krw":"3000000"},"paper":{"upbit_latency_ms":20.0,"binance_latency_ms":60.0,'
     b'"upbit_fee_bps":5.0,"binance_fee_bps":10.0,"binance_fee_in":"quote","upbit_krw":"0.00000001","binance_usdt":"100000",'
     b'"upbit_coins":{"BTC":"2","XRP":"12.5"},"binance_coins":{}},"rules":{"XRP":{"lot":"0.1","upbit_min_notional":null,'
     b'"binance_min_notional":null}}}'
