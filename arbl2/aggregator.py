@@ -107,7 +107,7 @@ class MultiExchangeL2Aggregator:
             return SourceStatus.DISCONNECTED
         at = self.time_ns if time_ns is None else time_ns
         limit = int(self._state.config[0]["stale_ns"]) if stale_ns is None else stale_ns
-        return SourceStatus.ACTIVE if kernels.is_active(self._state.record, book, at, limit) else SourceStatus.STALE
+        return SourceStatus.ACTIVE if kernels.is_active(self._state.records, book, at, limit) else SourceStatus.STALE
 
     def fx(self, side: str, time_ns: int | None = None) -> FxQuote[Usdt, Krw] | None:
         """The executable rate of Upbit's KRW-USDT book: "ask" to get USDT, "bid" to sell it. None while it is not ACTIVE."""
@@ -135,7 +135,7 @@ class MultiExchangeL2Aggregator:
         at = self.time_ns if time_ns is None else time_ns
         view = self._state.seen[0]
         tops = {exchange: self._top(symbol, exchange, at) for exchange in ExchangeId}
-        usable = kernels.look(self._state.record, self._pair(symbol), at, 0)
+        usable = kernels.look(self._state.records, self._pair(symbol), at, 0)
         edges = [float(view[name]) if usable else math.nan for name in ("sell_upbit_bps", "buy_upbit_bps")]
         sell, buy = (None if math.isnan(edge) else edge for edge in edges)
         return MultiExchangeL2Snapshot(symbol, at, tops, sell, buy, self.fx("ask", at), self.fx("bid", at))

@@ -10,7 +10,7 @@ import numpy as np
 from arbl2.config import amount_e8, ns_of_ms, ppm_of_bps, starting_coins_e8
 from arbl2.errors import ConfigError
 from arbl2.frames import BINANCE, UPBIT, VENUES, ExchangeId
-from arbl2.jit import as_record
+from arbl2.jit import as_records
 from arbl2.kernels import AUTO, CHANGES_ONLY, SIZES, WINDOW_ONLY, state_dtype
 from arbl2.providers import PROVIDERS
 from arbl2.rules import binance_rules, pair_rules
@@ -83,7 +83,7 @@ class Universe:
 class State:
     """What the loop works on: views of one record of ``kernels.state_dtype``, cut to the books and pairs that there are.
 
-    Kernels get ``record``; without the compiler this object stands in for it.
+    Kernels get ``records``; without the compiler this object stands in for them.
     """
 
     def __init__(self, books: int, pairs: int) -> None:
@@ -91,7 +91,7 @@ class State:
         if not size:
             raise ConfigError(f"{books:,} books are more than the {SIZES[-1]:,} of one run. Choose with --symbols.")
         records = np.zeros(1, state_dtype(size))
-        self.record: Any = as_record(records, self)
+        self.records: Any = as_records(records, self)
         self.u = UpdateBlock(records["u"])
         rows = {**dict.fromkeys(_OF_BOOKS, books), "pairs": pairs}
         for name in records.dtype.names or ():

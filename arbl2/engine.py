@@ -146,7 +146,7 @@ class Engine:
 
     def _feed(self, block: FrameBlock, decode: Decode) -> int:
         u = self._updates
-        kernels.come_home(self.state.record)
+        kernels.come_home(self.state.records)
         u.cursor[0] = HOME_LEVELS
         n = decode(block, u)
         for name in ("seq", "time_ns", "venue", "conn"):
@@ -197,7 +197,7 @@ class Engine:
         return True
 
     def _run(self, first: int, last: int) -> int:
-        return int(kernels.run(self.state.record, first, last, isinstance(self.policy, ThresholdPolicy)))
+        return int(kernels.run(self.state.records, first, last, isinstance(self.policy, ThresholdPolicy)))
 
     def _ask_policy(self, policy: Policy, u: UpdateBlock, row: int, seq: int) -> None:
         """Show a Python policy every pair that the update may have changed, as the compiled loop does for its own."""
@@ -210,9 +210,9 @@ class Engine:
         for k in pairs:
             if k < 0 or s.pairs[k]["in_flight"] > 0:
                 continue
-            usable = kernels.look(s.record, k, time_ns, seq)
+            usable = kernels.look(s.records, k, time_ns, seq)
             ask = policy.decide(self._view(k)) if usable else None
-            kernels.end_episodes(s.record, k, usable)
+            kernels.end_episodes(s.records, k, usable)
             if ask:
                 self._submit(k, ask)
 
@@ -221,7 +221,7 @@ class Engine:
         # a size beyond 64 bits is refused like any other that makes no sense
         sizes = (size if 0 <= size <= INT64_MAX else -1 for size in (ask.upbit_size_e8, ask.binance_size_e8))
         s.ask[:] = (ask.direction, ask.intent, *sizes)
-        kernels.submit(s.record, pair)
+        kernels.submit(s.records, pair)
 
     def _view(self, pair: int) -> View:
         v, p = self.state.seen[0], self.state.pairs[pair]
@@ -271,7 +271,7 @@ class Engine:
         s = self.state
         counters = s.counters[0]
         with np.errstate(over="ignore"):
-            kernels.advance(s.record, int(counters["time_ns"]) + 1)
+            kernels.advance(s.records, int(counters["time_ns"]) + 1)
         self._stop_on_overflow()
         left = s.orders[: counters["active"]].copy()
         left["status"][left["status"] == 0] = FillStatus.IN_FLIGHT
@@ -342,7 +342,7 @@ class Engine:
         """
         if self.finished:
             raise EngineError("this run has ended; take checkpoints before.")
-        kernels.come_home(self.state.record)
+        kernels.come_home(self.state.records)
         meta = {
             "instruments": [f"{i.venue}:{i.name}" for i in self.universe.instruments],
             "config": self.config.canonical().decode(),
@@ -406,7 +406,7 @@ def warm_decoders() -> None:
 def warm_loop() -> None:
     """Compile the kernels of the loop, or load them from numba's cache."""
     engine = Engine({"upbit": ["KRW-BTC", "KRW-USDT"], "binance": ["BTCUSDT"]}, RunConfig())
-    kernels.come_home(engine.state.record)
+    kernels.come_home(engine.state.records)
     engine._run(0, 0)
     engine.finish()
 

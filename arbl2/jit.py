@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numba
-import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +40,6 @@ def part(function: F) -> F:
     return cast("F", numba.njit(**options)(function))
 
 
-def as_record(records: NDArray[Any], views: Any) -> Any:
-    """What a kernel gets for the one record in ``records``: the record itself, or without the compiler an object of its views."""
-    return views if getattr(numba.config, "DISABLE_JIT", 0) else records.view(np.recarray)[0]
+def as_records(records: NDArray[Any], views: Any) -> Any:
+    """What a kernel gets for the array of one record: itself, or without the compiler a list of an object with its views."""
+    return [views] if getattr(numba.config, "DISABLE_JIT", 0) else records

@@ -1,9 +1,9 @@
 """The compiled loop, and the one-row kernels it is made of.
 
-One row of updates takes this way: orders that arrived before it meet the book as it stood (``advance``); the row changes a book
+One row of updates takes this way: orders that arrived before it meet the book as it stood (``_advance``); the row changes a book
 (``apply``: a whole window, a change of a full book, a snapshot), which resolves the orders that waited for it; the aggregator
-computes the edges of every pair the book belongs to (``look``); the policy asks for a trade or not (``threshold``, or a Python
-policy outside); risk and executor answer (``submit``). ``run`` loops over these for a block of rows. Live trading calls it with
+computes the edges of every pair the book belongs to (``_look``); the policy asks for a trade or not (``threshold``, or a Python
+policy outside); risk and executor answer (``_submit``). ``run`` loops over these for a block of rows. Live trading calls it with
 one row, replay with thousands.
 
 State is one record (``state_dtype``) of arrays, most of them structured (dtypes below), so that a row of it reads the same
@@ -32,7 +32,7 @@ from arbl2.updates import MAX_CHANGES, MAX_LEVELS, UPDATES, Reason, What
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    State = Any  # a record of ``state_dtype``
+    State = Any  # a record of ``state_dtype``, or the array that holds it
     Ints = NDArray[np.int64]
 
 ORDER_SLOTS = 512
@@ -160,7 +160,7 @@ VIEW = np.dtype(
 
 @functools.cache
 def state_dtype(books: int) -> np.dtype[Any]:
-    """Everything the loop reads and writes, as one record: kernels get its address and nothing else.
+    """Everything the loop reads and writes, as one record: kernels hand on its address and nothing else.
 
     Sizes are part of the type, and each type is compiled apart, so there are few: ``books`` is one of ``SIZES``. Unused room is
     never touched and takes no memory. ``B`` books, half as many pairs, ``L`` levels a side:
@@ -543,8 +543,8 @@ def _execute(s: State, slot: int) -> None:
     s.order_state[slot, 3] = s.books[b]["conn"]
 
 
-@kernel
-def advance(s: State, time_ns: int) -> None:
+@part
+def _advance(s: State, time_ns: int) -> None:
     """Execute every order that arrived before ``time_ns``, in the order of arrival.
 
     An order that arrives at the very instant of a frame meets the book after that frame: B- is the last book received at or
@@ -643,7 +643,7 @@ def _is_copy(s: State, b: int, time_ns: int, conn: int, update_id: int, exchange
     book = s.books[b]
     if book["updates"] == 0 or conn // SESSION_CONNS == book["conn"] // SESSION_CONNS:
         return False
-    if not is_active(s, b, time_ns, s.config[0]["stale_ns"]):
+    if not _is_active(s, b, time_ns, s.config[0]["stale_ns"]):
         return False
     return bool(update_id <= book["update_id"] if update_id > 0 else exchange_ms <= book["exchange_ms"])
 
@@ -922,8 +922,9 @@ def apply(s: State, i: int, time_ns: int) -> Any:
 
 
 @kernel
-def come_home(s: State) -> None:
+def come_home(state: State) -> None:
     """Copy windows that stand in the room of the block to the homes of their books, before that room is used again."""
+    s = state[0]
     for b in range(s.counters[0]["books"]):
         for side in range(2):
             at = s.window[b, side, _START]
@@ -956,15 +957,15 @@ def edge_buy_upbit_bps(upbit_ask: int, binance_bid: int, fx_bid: int) -> float:
     return (proceeds / np.float64(upbit_ask) - 1.0) * 10_000.0
 
 
-@kernel
-def is_active(s: State, b: int, time_ns: int, stale_ns: int) -> bool:
+@part
+def _is_active(s: State, b: int, time_ns: int, stale_ns: int) -> bool:
     """Connected, trusted and not older than ``stale_ns`` (exactly that old is still active)."""
     fresh = time_ns - s.books[b]["last_ns"] <= stale_ns
     return bool(s.books[b]["connected"] == 1 and s.books[b]["trusted"] == 1 and fresh)
 
 
-@kernel
-def look(s: State, pair: int, time_ns: int, seq: int) -> bool:
+@part
+def _look(s: State, pair: int, time_ns: int, seq: int) -> bool:
     """The aggregator: best prices of a pair on both venues and the edges in one currency. False if the pair cannot trade now."""
     v = s.seen[0]
     v["time_ns"] = time_ns
@@ -973,10 +974,10 @@ def look(s: State, pair: int, time_ns: int, seq: int) -> bool:
     f = s.config[0]["fx_book"]
     u = s.pairs[pair]["upbit_book"]
     b = s.pairs[pair]["binance_book"]
-    if f < 0 or not is_active(s, f, time_ns, s.config[0]["fx_stale_ns"]):
+    if f < 0 or not _is_active(s, f, time_ns, s.config[0]["fx_stale_ns"]):
         return False
     stale_ns = s.config[0]["stale_ns"]
-    if not is_active(s, u, time_ns, stale_ns) or not is_active(s, b, time_ns, stale_ns):
+    if not _is_active(s, u, time_ns, stale_ns) or not _is_active(s, b, time_ns, stale_ns):
         return False
     v["upbit_age_ns"] = time_ns - s.books[u]["last_ns"]
     v["binance_age_ns"] = time_ns - s.books[b]["last_ns"]
@@ -1130,8 +1131,8 @@ def _send(s: State, decision: Any, venue: int, b: int, side: int, limit: int, si
     return int(s.counters[0]["last_order"])
 
 
-@kernel
-def submit(s: State, pair: int) -> None:
+@part
+def _submit(s: State, pair: int) -> None:
     """Risk check and executor: an ask becomes a decision, accepted with its legs in flight or refused with the reason.
 
     Both legs are IOC at the best price seen, and either both can be paid for or none is sent. A refusal is counted always and
@@ -1198,8 +1199,8 @@ def submit(s: State, pair: int) -> None:
         p["in_flight"] += 1
 
 
-@kernel
-def end_episodes(s: State, pair: int, usable: bool) -> None:
+@part
+def _end_episodes(s: State, pair: int, usable: bool) -> None:
     """An opportunity lasts while its displayed edge stays at or over the lower of the two thresholds.
 
     Displayed, because an edge that only our own takes have closed is still the same opportunity for everyone else.
@@ -1217,13 +1218,14 @@ def end_episodes(s: State, pair: int, usable: bool) -> None:
 
 
 @kernel
-def run(s: State, first: int, last: int, use_threshold: bool) -> int:
+def run(state: State, first: int, last: int, use_threshold: bool) -> int:
     """Rows ``first`` up to ``last`` of a block; returns the row to go on from when an event buffer must be emptied first, or when
     an amount did not fit (``counters["overflow"]``).
 
     With ``use_threshold`` the compiled policy decides. Without it the loop stops after each row, for a Python policy to look;
     ``u.what`` of the row is BOOK if ``u.book`` changed.
     """
+    s = state[0]
     u = s.u
     c = s.counters[0]
     for i in range(first, last):
@@ -1234,7 +1236,7 @@ def run(s: State, first: int, last: int, use_threshold: bool) -> int:
         t = max(u.time_ns[i], c["time_ns"])
         c["time_ns"] = t
         if c["next_due_ns"] < t:
-            advance(s, t)
+            _advance(s, t)
             if c["overflow"] != 0:
                 return i
         if u.what[i] == 0:
@@ -1252,8 +1254,43 @@ def run(s: State, first: int, last: int, use_threshold: bool) -> int:
         for k in range(start, c["pairs"] if every else one + 1):
             if s.pairs[k]["in_flight"] > 0:
                 continue
-            usable = look(s, k, t, u.seq[i])
-            end_episodes(s, k, usable)
+            usable = _look(s, k, t, u.seq[i])
+            _end_episodes(s, k, usable)
             if usable and threshold(s, k):
-                submit(s, k)
+                _submit(s, k)
     return last
+
+
+# --- doors ------------------------------------------------------------------------------------------------------------
+# The same kernels for Python. They take the array that holds the record: numba takes a tenth of a millisecond to see what a
+# record is, and a quarter of a microsecond for an array.
+
+
+@kernel
+def advance(state: State, time_ns: int) -> None:
+    """``_advance`` for Python."""
+    _advance(state[0], time_ns)
+
+
+@kernel
+def is_active(state: State, b: int, time_ns: int, stale_ns: int) -> bool:
+    """``_is_active`` for Python."""
+    return bool(_is_active(state[0], b, time_ns, stale_ns))
+
+
+@kernel
+def look(state: State, pair: int, time_ns: int, seq: int) -> bool:
+    """``_look`` for Python."""
+    return bool(_look(state[0], pair, time_ns, seq))
+
+
+@kernel
+def submit(state: State, pair: int) -> None:
+    """``_submit`` for Python."""
+    _submit(state[0], pair)
+
+
+@kernel
+def end_episodes(state: State, pair: int, usable: bool) -> None:
+    """``_end_episodes`` for Python."""
+    _end_episodes(state[0], pair, usable)

@@ -499,8 +499,8 @@ def level_check(px: Ints, qty: Ints, at: int, n_bid: int, n_ask: int) -> Value:
     return total
 
 
-@kernel
-def write_levels(u: Value, i: int, book: int, what: int, reason: int, at: int, n_bid: int, n_ask: int) -> None:
+@part
+def _write_levels(u: Value, i: int, book: int, what: int, reason: int, at: int, n_bid: int, n_ask: int) -> None:
     """Fill the row of a frame whose levels stand at ``at``, and keep them."""
     u.what[i] = what
     u.reason[i] = reason
@@ -512,20 +512,21 @@ def write_levels(u: Value, i: int, book: int, what: int, reason: int, at: int, n
     u.cursor[0] = at + n_bid + n_ask
 
 
-@kernel
-def write_book(u: Value, i: int, book: int, at: int, n: int, m: int, totals: Ints) -> None:
+@part
+def _write_book(u: Value, i: int, book: int, at: int, n: int, m: int, totals: Ints) -> None:
     """Settle a full window (``n`` bids at ``at``, ``m`` asks at ``at + MAX_LEVELS``) and fill its row."""
     bids, asks, why = settle(u.px_e8, u.qty_e8, at, n, at + _WINDOW, m, totals)
     if book < 0:
         u.what[i] = 0
         u.reason[i] = _R_UNKNOWN
         return
-    write_levels(u, i, book, _BOOK if why == _R_BOOK else _DOUBT, why, at, bids, asks)
+    _write_levels(u, i, book, _BOOK if why == _R_BOOK else _DOUBT, why, at, bids, asks)
 
 
 @kernel
-def scan_upbit(data: Bytes, rows: NDArray[np.int64], names: Names, u: Value, totals: Ints) -> None:
+def scan_upbit(data: Bytes, rows: NDArray[np.int64], names: Names, updates: Value, totals: Ints) -> None:
     """Scan the frames ``rows`` of a block into update columns; rows of another grammar become UNREAD."""
+    u = updates[0]
     for r in range(len(rows)):
         i = rows[r]
         s = u.offsets[i]
@@ -542,12 +543,13 @@ def scan_upbit(data: Bytes, rows: NDArray[np.int64], names: Names, u: Value, tot
         u.exchange_ms[i] = ms
         u.first_id[i] = 0
         u.update_id[i] = 0
-        write_book(u, i, book, at, units, units, totals)
+        _write_book(u, i, book, at, units, units, totals)
 
 
 @kernel
-def scan_binance(data: Bytes, rows: NDArray[np.int64], names: Names, u: Value, totals: Ints) -> None:
+def scan_binance(data: Bytes, rows: NDArray[np.int64], names: Names, updates: Value, totals: Ints) -> None:
     """Scan the frames ``rows`` of a block into update columns; rows of another grammar become UNREAD."""
+    u = updates[0]
     for r in range(len(rows)):
         i = rows[r]
         s = u.offsets[i]
@@ -568,7 +570,7 @@ def scan_binance(data: Bytes, rows: NDArray[np.int64], names: Names, u: Value, t
                 u.exchange_ms[i] = 0
                 u.first_id[i] = 0
                 u.update_id[i] = last_id
-                write_book(u, i, book, at, bids, asks, totals)
+                _write_book(u, i, book, at, bids, asks, totals)
             continue
         bids, asks, event_ms, first_id, last_id = _binance_change(data, p, end, name, name_stop, u.px_e8, u.qty_e8, at)
         if bids < 0 or first_id > last_id:
@@ -580,4 +582,16 @@ def scan_binance(data: Bytes, rows: NDArray[np.int64], names: Names, u: Value, t
             u.what[i] = 0
             u.reason[i] = _R_UNKNOWN
         else:
-            write_levels(u, i, book, _CHANGE, _R_DIFF, at, bids, asks)
+            _write_levels(u, i, book, _CHANGE, _R_DIFF, at, bids, asks)
+
+
+@kernel
+def write_levels(updates: Value, i: int, book: int, what: int, reason: int, at: int, n_bid: int, n_ask: int) -> None:
+    """``_write_levels`` for Python."""
+    _write_levels(updates[0], i, book, what, reason, at, n_bid, n_ask)
+
+
+@kernel
+def write_book(updates: Value, i: int, book: int, at: int, n: int, m: int, totals: Ints) -> None:
+    """``_write_book`` for Python."""
+    _write_book(updates[0], i, book, at, n, m, totals)

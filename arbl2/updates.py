@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arbl2.jit import as_record
+from arbl2.jit import as_records
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,12 +129,12 @@ UPDATES = np.dtype(
 class UpdateBlock:
     """Columns of up to ``MAX_BLOCK`` rows and room for their levels, as views of one record of ``UPDATES``.
 
-    Kernels get ``record``; without the compiler this object stands in for it. Buffers are reused from block to block.
+    Kernels get ``records``; without the compiler this object stands in for them. Buffers are reused from block to block.
     """
 
     def __init__(self, records: NDArray[Any] | None = None) -> None:
         records = np.zeros(1, UPDATES) if records is None else records
-        self.record: Any = as_record(records, self)
+        self.records: Any = as_records(records, self)
         for name in UPDATES.names or ():
             setattr(self, name, records[name][0])
         self.cursor[0] = HOME_LEVELS

@@ -69,7 +69,7 @@ class Stages:
         for block in self.blocks:
             n = len(block)
             started = time.perf_counter()
-            kernels.come_home(engine.state.record)
+            kernels.come_home(engine.state.records)
             u.cursor[0] = HOME_LEVELS
             engine.decode(block, u)
             decoded = time.perf_counter()

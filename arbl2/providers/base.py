@@ -104,7 +104,7 @@ class Provider(ABC):
         u = updates
         if self._scanner:
             u.offsets[: len(block) + 1] = block.offsets
-            type(self)._scan(block.data, rows, self._names, u.record, self._totals)
+            type(self)._scan(block.data, rows, self._names, u.records, self._totals)
         else:
             u.what[rows] = What.UNREAD
         for i in rows[u.what[rows] == What.UNREAD].tolist():
@@ -145,9 +145,9 @@ class Provider(ABC):
         u.exchange_ms[i], u.first_id[i], u.update_id[i] = reading.exchange_ms, reading.first_id, reading.update_id
         book = self.books.get(reading.instrument, -1)
         if reading.what is What.BOOK:
-            write_book(u.record, i, book, at, n, m, np.array([reading.total_bid_e8, reading.total_ask_e8], np.int64))
+            write_book(u.records, i, book, at, n, m, np.array([reading.total_bid_e8, reading.total_ask_e8], np.int64))
         else:
-            write_levels(u.record, i, book, int(reading.what), int(reading.reason), at, n, m)
+            write_levels(u.records, i, book, int(reading.what), int(reading.reason), at, n, m)
 
 
 _WITH_LEVELS = (Reason.BOOK, Reason.DIFF, Reason.REST)
