@@ -92,6 +92,7 @@ class State:
             raise ConfigError(f"{books:,} books are more than the {SIZES[-1]:,} of one run. Choose with --symbols.")
         records = np.zeros(1, state_dtype(size))
         self.records: Any = as_records(records, self)
+        self.record: Any = self if isinstance(self.records, list) else records.view(np.recarray)[0]
         self.u = UpdateBlock(records["u"])
         rows = {**dict.fromkeys(_OF_BOOKS, books), "pairs": pairs}
         for name in records.dtype.names or ():

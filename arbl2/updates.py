@@ -135,6 +135,7 @@ class UpdateBlock:
     def __init__(self, records: NDArray[Any] | None = None) -> None:
         records = np.zeros(1, UPDATES) if records is None else records
         self.records: Any = as_records(records, self)
+        self.record: Any = self if isinstance(self.records, list) else records.view(np.recarray)[0]
         for name in UPDATES.names or ():
             setattr(self, name, records[name][0])
         self.cursor[0] = HOME_LEVELS
