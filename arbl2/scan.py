@@ -34,6 +34,8 @@ _R_CROSSED: Any = np.uint8(Reason.CROSSED)
 _R_TOTALS: Any = np.uint8(Reason.TOTAL_MISMATCH)
 _R_UNKNOWN: Any = np.uint8(Reason.UNKNOWN_INSTRUMENT)
 _R_BOOK: Any = np.uint8(Reason.BOOK)
+_R_BOOK_TICKER: Any = np.uint8(Reason.BOOK_TICKER)
+_R_TRADE: Any = np.uint8(Reason.TRADE)
 _R_DIFF: Any = np.uint8(Reason.DIFF)
 _CHANGE: Any = np.uint8(What.CHANGE)
 # Typed constants: a plain 0 or True is a type of its own to numba, and would compile every kernel it is passed to once more.
@@ -79,6 +81,11 @@ _B_FIRST = _text('","U":')
 _B_LAST = _text(',"u":')
 _B_B = _text(',"b":[')
 _B_A = _text('],"a":[')
+# Messages that are no books: # stands for an integer, $ for a plain word or number within quotes, ? for true or false
+_B_BOOK_TICKER = _text('@bookTicker","data":{"u":#,"s":"$","b":"$","B":"$","a":"$","A":"$"}}')
+_B_TRADE = _text('@trade","data":{"e":"trade","E":#,"s":"$","t":#,"p":"$","q":"$","T":#,"m":?,"M":?}}')
+_TRUE = _text("true")
+_FALSE = _text("false")
 
 _QUOTE = 34
 _COMMA = 44
@@ -401,6 +408,38 @@ def _side(data: Bytes, p: int, end: int, px: Ints, qty: Ints, at: int, most: int
 
 
 @part
+def _is_form(data: Bytes, p: int, end: int, form: Bytes) -> bool:
+    """Whether the bytes from ``p`` to the end are of a form (see ``_B_TRADE``)."""
+    for k in range(len(form)):
+        wanted = np.int64(form[k])
+        first = p
+        if wanted == 35:  # #
+            while p < end and np.int64(data[p]) >= _ZERO and np.int64(data[p]) <= _NINE:
+                p += 1
+            if p == first or (p - first > 1 and np.int64(data[first]) == _ZERO):
+                return False
+        elif wanted == 36:  # $
+            while p < end:
+                c = np.int64(data[p])
+                if not (_ZERO <= c <= _NINE or c == _DOT or 65 <= c <= 90):
+                    break
+                p += 1
+            if p == first:
+                return False
+        elif wanted == 63:  # ?
+            p = _literal(data, p, end, _TRUE)
+            if p < 0:
+                p = _literal(data, first, end, _FALSE)
+            if p < 0:
+                return False
+        elif p < end and np.int64(data[p]) == wanted:
+            p += 1
+        else:
+            return False
+    return bool(p == end)
+
+
+@part
 def _name_end(data: Bytes, p: int, end: int) -> int:
     """Position after the lower-case name of a stream, -1 if there is none."""
     name = p
@@ -562,6 +601,12 @@ def scan_binance(data: Bytes, rows: NDArray[np.int64], names: Names, updates: Va
         name_stop = _name_end(data, name, end)
         p = _literal(data, name_stop, end, _B_DEPTH)
         if p < 0 or p >= end:
+            if name_stop > 0 and _is_form(data, name_stop, end, _B_BOOK_TICKER):
+                u.what[i] = 0
+                u.reason[i] = _R_BOOK_TICKER
+            elif name_stop > 0 and _is_form(data, name_stop, end, _B_TRADE):
+                u.what[i] = 0
+                u.reason[i] = _R_TRADE
             continue
         book = _find_book(data, name, name_stop, names)
         if np.int64(data[p]) > _ZERO and np.int64(data[p]) <= _NINE:

@@ -1,7 +1,7 @@
-"""The first start after an installation: compile the kernels, on two processor cores.
+"""The first start after an installation: compile the kernels, on two processor cores and outside this process.
 
-numba compiles one kernel at a time in a process. The decoders and the loop share none, so a second process compiles the decoders
-meanwhile and leaves them in numba's cache, where this one finds them.
+numba compiles one kernel at a time in a process, and what it took for that is never given back. The decoders and the loop share
+no kernel, so two processes compile them at the same time and leave them in numba's cache, where this one finds them.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from pathlib import Path
 
 from arbl2 import engine, scan
 
-_COMPILE_DECODERS = "from arbl2.engine import warm_decoders; warm_decoders()"
+_PARTS = ("warm_decoders", "warm_loop")
 
 
 @functools.cache
 def warm_up() -> None:
     """Compile every kernel of a replay (some ten seconds, once), or load it from numba's cache."""
-    helper = None
-    if not _compiled_before() and (os.cpu_count() or 1) > 1:
+    if not _compiled_before():
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        helper = subprocess.Popen(  # noqa: S603 - this interpreter, our own words
-            [sys.executable, "-c", _COMPILE_DECODERS],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-    try:
-        engine.warm_loop()
-    finally:
-        if helper is not None:
-            helper.wait()  # whatever became of it: what is not in the cache is compiled here
+        helpers = [
+            subprocess.Popen(  # noqa: S603 - this interpreter, our own words
+                [sys.executable, "-c", f"from arbl2 import engine; engine.{part}()"],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            for part in _PARTS
+        ]
+        for helper in helpers:
+            helper.wait()  # whatever became of it: what is not in the cache now is compiled below
     engine.warm_decoders()
+    engine.warm_loop()
 
 
 def _compiled_before() -> bool:
-    # no stats without the compiler, no path where no folder can be written: a helper would compile for nobody
+    # no stats without the compiler, no path where no folder can be written: helpers would compile for nobody
     folder = getattr(getattr(scan.scan_upbit, "stats", None), "cache_path", None)
     return folder is None or any(Path(folder).glob("scan.scan_upbit-*.nbi"))
