@@ -10,7 +10,7 @@ import numpy as np
 from arbl2.config import amount_e8, ns_of_ms, ppm_of_bps, starting_coins_e8
 from arbl2.errors import ConfigError
 from arbl2.frames import BINANCE, UPBIT, VENUES, ExchangeId
-from arbl2.jit import as_records
+from arbl2.jit import as_records, zeros
 from arbl2.kernels import AUTO, CHANGES_ONLY, SIZES, WINDOW_ONLY, state_dtype
 from arbl2.providers import PROVIDERS
 from arbl2.rules import binance_rules, pair_rules
@@ -34,7 +34,8 @@ _DEPTH = {"auto": AUTO, "partial": WINDOW_ONLY, "diff": CHANGES_ONLY}
 class Universe:
     """Which books a run keeps, and which of them form pairs.
 
-    Book i is ``instruments[i]``; pair k trades ``symbols[k]``. ``fx_book`` is Upbit's KRW-USDT or -1.
+    Book i is ``instruments[i]``; pair k trades ``symbols[k]``. ``fx_book`` is Upbit's KRW-USDT or -1, ``asked_book`` the book
+    that a Binance snapshot without a request is of, or -1.
     """
 
     instruments: tuple[Instrument, ...]
@@ -42,6 +43,7 @@ class Universe:
     upbit_books: tuple[int, ...]
     binance_books: tuple[int, ...]
     fx_book: int
+    asked_book: int
 
     @classmethod
     def of(cls, names: Mapping[str, Sequence[str]], symbols: Sequence[str]) -> Universe:
@@ -52,6 +54,7 @@ class Universe:
         instruments: list[Instrument] = [
             PROVIDERS[venue].instrument(name) for venue in ExchangeId for name in sorted(dict.fromkeys(names.get(venue, ())))
         ]
+        ours = [i for i in instruments if i.venue == ExchangeId.BINANCE]
         if symbols:
             wanted = {*symbols, "USDT"}
             instruments = [i for i in instruments if i.base in wanted and i.quote == QUOTES[i.venue]] or instruments
@@ -73,6 +76,8 @@ class Universe:
             upbit_books=tuple(upbit[s] for s in chosen),
             binance_books=tuple(binance[s] for s in chosen),
             fx_book=fx_book,
+            # captures of others do not say what they asked for, but of one instrument there is no doubt
+            asked_book=instruments.index(ours[0]) if len(ours) == 1 and ours[0] in instruments else -1,
         )
 
     def books(self, venue: ExchangeId) -> dict[str, int]:
@@ -90,9 +95,8 @@ class State:
         size = next((size for size in SIZES if books <= size and pairs <= size // 2), 0)
         if not size:
             raise ConfigError(f"{books:,} books are more than the {SIZES[-1]:,} of one run. Choose with --symbols.")
-        records = np.zeros(1, state_dtype(size))
+        records = zeros(state_dtype(size))
         self.records: Any = as_records(records, self)
-        self.record: Any = self if isinstance(self.records, list) else records.view(np.recarray)[0]
         self.u = UpdateBlock(records["u"])
         rows = {**dict.fromkeys(_OF_BOOKS, books), "pairs": pairs}
         for name in records.dtype.names or ():
@@ -156,9 +160,7 @@ def new_state(universe: Universe, config: RunConfig) -> State:
     set_rules(pairs, universe, config, {})
     counters["next_due_ns"] = 2**62
     counters["asked"] = -1
-    ours = [k for k, instrument in enumerate(universe.instruments) if instrument.venue == ExchangeId.BINANCE]
-    if len(ours) == 1:  # captures of others do not say what they asked for, but of one instrument there is no doubt
-        counters["asked"][0, BINANCE] = ours[0]
+    counters["asked"][0, BINANCE] = universe.asked_book
     state.window[:, :, 0] = np.arange(n * 2).reshape(-1, 2) * MAX_LEVELS
     return state
 

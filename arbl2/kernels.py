@@ -83,7 +83,7 @@ HELD = np.dtype(
         ("first_id", "<i8"),
         ("update_id", "<i8"),
         ("exchange_ms", "<i8"),
-        ("conn", "<i4"),
+        ("conn", "<i4"),  # -1: closed since, or messages of it were lost
         ("start", "<i4"),
         ("n_bid", "<i4"),
         ("n_ask", "<i4"),
@@ -127,6 +127,7 @@ COUNTERS = np.dtype(
         ("active", "<i8"),  # orders in the table
         ("next_due_ns", "<i8"),
         ("asked", "<i8", (3, ASKERS)),  # book whose snapshot was asked for last, by venue code and session rank; -1: none
+        ("asks", "<i8", (3, ASKERS)),  # 1: requests are on the tape
         ("last_decision", "<i8"),
         ("last_order", "<i8"),
         ("overflow", "<i8"),  # order whose amount did not fit in 64 bits; the run must stop
@@ -215,6 +216,8 @@ _BID: Any = np.int64(0)
 _ASK: Any = np.int64(1)
 _YES: Any = np.bool_(True)
 _NO: Any = np.bool_(False)
+_FIRST: Any = np.int64(0)
+_DEAD = -1  # in place of the connection of a change that waits: it closed, or lost messages
 _START = 0  # window[book, side, ...]: where it stands
 _LEVELS = 1  # levels displayed
 _TAKES = 2  # and takes remembered
@@ -244,7 +247,6 @@ _ID_REGRESS = int(Reason.ID_REGRESS)
 _COPY = int(Reason.COPY)
 _GAP = int(Reason.SEQUENCE_GAP)
 _CROSSED = int(Reason.CROSSED)
-_UNSORTED = int(Reason.UNSORTED)
 _UPBIT: Any = np.int64(UPBIT)
 _BINANCE: Any = np.int64(BINANCE)
 _BUY: Any = np.int64(Side.BUY)
@@ -625,9 +627,15 @@ def _doubt(s: State, b: int, time_ns: int) -> None:
 
 @part
 def _leave(s: State, venue: int, conn: int, closed: bool, time_ns: int) -> None:
-    """A connection closed, or messages of it were dropped: every book that it fed."""
+    """A connection closed, or messages of it were dropped: every book that it fed.
+
+    Changes of it that wait for a snapshot stay, but do not show any more that their connection lives.
+    """
     for k in range(s.counters[0]["books"]):
         book = s.books[k]
+        for j in range(book["held_rows"]):
+            if book["venue"] == venue and s.held[k, j]["conn"] == conn:
+                s.held[k, j]["conn"] = _DEAD
         if book["venue"] == venue and book["conn"] == conn and book["connected"] == 1:
             if closed:
                 book["connected"] = 0
@@ -700,9 +708,32 @@ def _rung(s: State, b: int, side: int, px: int) -> Any:
     return low
 
 
+# Rows move by unsigned numbers: with signed ones numba looks for negative indices at each step, and the compiler no longer sees
+# that it is one move of memory (three times as long for the changes of a real book).
+
+
+@part
+def _close_row(column: Any, at: int, last: int) -> None:
+    """Row ``at`` goes; those behind it up to ``last`` move down by one."""
+    one = np.uint64(1)
+    for k in range(np.uint64(at), np.uint64(last)):
+        column[k] = column[k + one]
+
+
+@part
+def _open_row(column: Any, at: int, count: int) -> None:
+    """Room at ``at``; those from there on, of ``count`` in all, move up by one."""
+    one = np.uint64(1)
+    top = np.uint64(count)
+    for k in range(np.uint64(count - at)):
+        column[top - k] = column[top - k - one]
+
+
 @part
 def _set_level(s: State, b: int, side: int, px: int, qty: int) -> None:
     """One level of a depth change: its new size, 0 = gone. A full ladder forgets its worst level, and knows that much less."""
+    if px == 0:  # no price: an empty slot
+        return
     n = s.books[b]["rungs"][side]
     at = _rung(s, b, side, px)
     if at < n and s.rung_px[b, side, at] == px:
@@ -710,10 +741,9 @@ def _set_level(s: State, b: int, side: int, px: int, qty: int) -> None:
             s.rung_qty[b, side, at] = qty
             s.rung_from[b, side, at] = FROM_CHANGE if _is_known(s, b, side, px) else BEYOND
             return
-        for k in range(at, n - 1):
-            s.rung_px[b, side, k] = s.rung_px[b, side, k + 1]
-            s.rung_qty[b, side, k] = s.rung_qty[b, side, k + 1]
-            s.rung_from[b, side, k] = s.rung_from[b, side, k + 1]
+        _close_row(s.rung_px[b, side], at, n - 1)
+        _close_row(s.rung_qty[b, side], at, n - 1)
+        _close_row(s.rung_from[b, side], at, n - 1)
         s.books[b]["rungs"][side] = n - 1
         return
     if qty == 0:
@@ -725,16 +755,14 @@ def _set_level(s: State, b: int, side: int, px: int, qty: int) -> None:
             return
         if _is_known(s, b, side, s.rung_px[b, side, 0]):
             s.books[b]["known_px"][side] = s.rung_px[b, side, 1] if at > 1 else px
-        for k in range(at - 1):
-            s.rung_px[b, side, k] = s.rung_px[b, side, k + 1]
-            s.rung_qty[b, side, k] = s.rung_qty[b, side, k + 1]
-            s.rung_from[b, side, k] = s.rung_from[b, side, k + 1]
         at -= 1
+        _close_row(s.rung_px[b, side], _FIRST, at)
+        _close_row(s.rung_qty[b, side], _FIRST, at)
+        _close_row(s.rung_from[b, side], _FIRST, at)
     else:
-        for k in range(n, at, -1):
-            s.rung_px[b, side, k] = s.rung_px[b, side, k - 1]
-            s.rung_qty[b, side, k] = s.rung_qty[b, side, k - 1]
-            s.rung_from[b, side, k] = s.rung_from[b, side, k - 1]
+        _open_row(s.rung_px[b, side], at, n)
+        _open_row(s.rung_qty[b, side], at, n)
+        _open_row(s.rung_from[b, side], at, n)
         s.books[b]["rungs"][side] = n + 1
     s.rung_px[b, side, at] = px
     s.rung_qty[b, side, at] = qty
@@ -828,18 +856,12 @@ def _change(s: State, i: int, b: int, time_ns: int) -> Any:
 
 
 @part
-def _load(s: State, i: int, b: int) -> bool:
-    """A snapshot becomes the ladder; what it shows is the range in which every level is known. False if it is not sorted."""
+def _load(s: State, i: int, b: int) -> None:
+    """A snapshot becomes the ladder; what it shows is the range in which every level is known."""
     u = s.u
     for side in range(2):
-        n = i8(u.n_bid[i]) if side == _BID else i8(u.n_ask[i])
+        n = min(i8(u.n_bid[i]) if side == _BID else i8(u.n_ask[i]), LADDER)
         at = i8(u.start[i]) if side == _BID else i8(u.start[i]) + u.n_bid[i]
-        for k in range(1, n):
-            if (side == _BID and s.u.px_e8[at + k] >= s.u.px_e8[at + k - 1]) or (
-                side == _ASK and s.u.px_e8[at + k] <= s.u.px_e8[at + k - 1]
-            ):
-                return False
-        n = min(n, LADDER)
         for k in range(n):
             s.rung_px[b, side, k] = s.u.px_e8[at + n - 1 - k]
             s.rung_qty[b, side, k] = s.u.qty_e8[at + n - 1 - k]
@@ -847,7 +869,6 @@ def _load(s: State, i: int, b: int) -> bool:
         s.books[b]["rungs"][side] = n
         # an empty side knows nothing
         s.books[b]["known_px"][side] = s.u.px_e8[at + n - 1] if n > 0 else (_LARGEST if side == _BID else 0)
-    return True
 
 
 @part
@@ -857,7 +878,8 @@ def _snapshot(s: State, i: int, time_ns: int) -> Any:
     asked = s.counters[0]["asked"]
     rank = i8(u.conn[i]) // SESSION_CONNS % ASKERS
     b = asked[u.venue[i], rank]
-    asked[u.venue[i], rank] = -1
+    if s.counters[0]["asks"][u.venue[i], rank] == 1:
+        asked[u.venue[i], rank] = -1
     if b < 0 or not _changes_count(s, b):
         return _IDLE
     u.book[i] = b
@@ -865,14 +887,9 @@ def _snapshot(s: State, i: int, time_ns: int) -> Any:
     _fold(s, b, time_ns, u.check[i])
     if book["synced"] == 1 and u.update_id[i] <= book["update_id"]:
         return _IDLE
-    if not _load(s, i, b):
-        book["synced"] = 0
-        u.reason[i] = _UNSORTED
-        _doubt(s, b, time_ns)
-        return _REFUSED
+    _load(s, i, b)
     book["synced"] = 1
     last_id = u.update_id[i]
-    book["update_id"] = last_id
     last = i8(-1)
     for k in range(book["held_rows"]):
         row = s.held[b, k]
@@ -889,7 +906,8 @@ def _snapshot(s: State, i: int, time_ns: int) -> Any:
         last = i8(k)
     book["held_rows"] = 0
     book["held_levels"] = 0
-    if last < 0:  # nothing says yet that the changes go on from here
+    book["update_id"] = last_id
+    if last < 0 or s.held[b, last]["conn"] == _DEAD:  # nothing says yet that the changes go on from here
         return _IDLE
     _renew(s, b, time_ns, i8(s.held[b, last]["conn"]), last_id, s.held[b, last]["exchange_ms"])
     if not _show(s, b):
@@ -915,7 +933,9 @@ def apply(s: State, i: int, time_ns: int) -> Any:
     elif what == _DOUBT:
         _doubt(s, b, time_ns)
     elif what == _REQUESTED:
-        s.counters[0]["asked"][u.venue[i], i8(u.conn[i]) // SESSION_CONNS % ASKERS] = b
+        rank = i8(u.conn[i]) // SESSION_CONNS % ASKERS
+        s.counters[0]["asked"][u.venue[i], rank] = b
+        s.counters[0]["asks"][u.venue[i], rank] = 1
     elif what == _SNAPSHOT:
         return _snapshot(s, i, time_ns)
     return _IDLE

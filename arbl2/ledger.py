@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from arbl2.book import best_px_e8
 from arbl2.errors import EngineError
-from arbl2.events import Side
 from arbl2.frames import BINANCE, UPBIT, VENUES
 from arbl2.money import E8, FxQuote, Krw, Usdt
 
@@ -55,14 +54,14 @@ class Ledger:
         self._posted = {venue: dict(row) for venue, row in packed["posted"].items()}
 
     def add(self, fills: NDArray[Any]) -> None:
-        """Add fill rows to the independent sum."""
-        for fill in fills:
-            venue, buys = VENUES[fill["venue"]], int(fill["side"]) == Side.BUY
-            coin, fee = self._universe.symbols[fill["symbol"]], int(fill["fee_e8"])
-            row = self._posted[venue]
-            row[QUOTE[int(fill["venue"])]] += -int(fill["quote_e8"]) if buys else int(fill["quote_e8"])
-            row[coin] += int(fill["filled_e8"]) if buys else -int(fill["filled_e8"])
-            row[coin if fill["fee_in_base"] else QUOTE[int(fill["venue"])]] -= fee
+        """Add fill rows to the independent sum, in Python integers, which hold any sum."""
+        for venue, symbol in sorted(dict.fromkeys(zip(fills["venue"].tolist(), fills["symbol"].tolist(), strict=True))):
+            rows = fills[(fills["venue"] == venue) & (fills["symbol"] == symbol)]
+            sign = rows["side"].astype(object)  # 1 buys, -1 sells
+            fee, in_base = rows["fee_e8"].astype(object), rows["fee_in_base"] == 1
+            row = self._posted[VENUES[venue]]
+            row[QUOTE[venue]] -= (sign * rows["quote_e8"]).sum() + fee[~in_base].sum()
+            row[self._universe.symbols[symbol]] += (sign * rows["filled_e8"]).sum() - fee[in_base].sum()
 
     def reconcile(self) -> None:
         """Check the balances against the sum of the fills. Raises EngineError naming the residual."""

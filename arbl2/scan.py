@@ -36,8 +36,10 @@ _R_UNKNOWN: Any = np.uint8(Reason.UNKNOWN_INSTRUMENT)
 _R_BOOK: Any = np.uint8(Reason.BOOK)
 _R_BOOK_TICKER: Any = np.uint8(Reason.BOOK_TICKER)
 _R_TRADE: Any = np.uint8(Reason.TRADE)
+_R_REST: Any = np.uint8(Reason.REST)
 _R_DIFF: Any = np.uint8(Reason.DIFF)
 _CHANGE: Any = np.uint8(What.CHANGE)
+_SNAPSHOT: Any = np.uint8(What.SNAPSHOT)
 # Typed constants: a plain 0 or True is a type of its own to numba, and would compile every kernel it is passed to once more.
 _EXACT: Any = np.bool_(True)
 _CUT: Any = np.bool_(False)
@@ -84,6 +86,8 @@ _B_A = _text('],"a":[')
 # Messages that are no books: # stands for an integer, $ for a plain word or number within quotes, ? for true or false
 _B_BOOK_TICKER = _text('@bookTicker","data":{"u":#,"s":"$","b":"$","B":"$","a":"$","A":"$"}}')
 _B_TRADE = _text('@trade","data":{"e":"trade","E":#,"s":"$","t":#,"p":"$","q":"$","T":#,"m":?,"M":?}}')
+_S_HEAD = _text('{"lastUpdateId":')
+_S_END = _text("]}")
 _TRUE = _text("true")
 _FALSE = _text("false")
 
@@ -121,7 +125,7 @@ def _digits(data: Bytes, p: int, end: int) -> tuple[Value, int]:
     """A plain non-negative integer of at most 18 digits: (value, position after it), position -1 if there is none."""
     value = np.int64(0)
     first = p
-    while p < end:
+    while 0 <= p < end:
         c = np.int64(data[p])
         if c < _ZERO or c > _NINE:
             break
@@ -628,6 +632,43 @@ def scan_binance(data: Bytes, rows: NDArray[np.int64], names: Names, updates: Va
             u.reason[i] = _R_UNKNOWN
         else:
             _write_levels(u, i, book, _CHANGE, _R_DIFF, at, bids, asks)
+
+
+@part
+def _is_book(px: Ints, qty: Ints, at: int, n: int, m: int) -> bool:
+    """Whether ``n`` bids and ``m`` asks from ``at`` on are a book: nothing empty, best first, not crossed."""
+    for k in range(at, at + n + m):
+        if px[k] == 0 or qty[k] == 0:
+            return False
+        if (k > at and k < at + n and px[k] >= px[k - 1]) or (k > at + n and px[k] <= px[k - 1]):
+            return False
+    return bool(n == 0 or m == 0 or px[at] < px[at + n])
+
+
+@kernel
+def scan_snapshot(data: Bytes, i: int, updates: Value) -> None:
+    """Scan a body of Binance's ``GET /api/v3/depth`` in frame ``i``; one of another grammar, or no sound book, becomes UNREAD."""
+    u = updates[0]
+    u.what[i] = _UNREAD
+    end = u.offsets[i + 1]
+    at = u.cursor[0]
+    last_id, p = _digits(data, _literal(data, u.offsets[i], end, _S_HEAD), end)
+    p = _literal(data, p, end, _B_BIDS)
+    if p < 0 or last_id == 0:
+        return
+    bids, p = _side(data, p, end, u.px_e8, u.qty_e8, at, _CHANGES)
+    if bids < 0:
+        return
+    p = _literal(data, p, end, _B_ASKS)
+    if p < 0:
+        return
+    asks, p = _side(data, p, end, u.px_e8, u.qty_e8, at + bids, _CHANGES)
+    if asks < 0 or _literal(data, p, end, _S_END) != end or not _is_book(u.px_e8, u.qty_e8, at, bids, asks):
+        return
+    u.exchange_ms[i] = 0
+    u.first_id[i] = 0
+    u.update_id[i] = last_id
+    _write_levels(u, i, -1, _SNAPSHOT, _R_REST, at, bids, asks)
 
 
 @kernel

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arbl2.jit import as_records
+from arbl2.jit import as_records, zeros
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,7 +20,7 @@ MAX_LEVELS = 30
 """Levels a side that a full-window book can have (Upbit shows 30, Binance partial depth 20)."""
 MAX_CHANGES = 10_000
 """Levels a side that a depth change or a snapshot can have; Binance's largest snapshot has 5,000."""
-MAX_BLOCK = 2_048
+MAX_BLOCK = 4_096
 """Frames taken through the loop at once: their levels stay in the processor's cache."""
 MAX_BLOCK_BYTES = 4 * 2**20
 """Payload bytes taken through the loop at once, unless one frame alone has more."""
@@ -133,9 +133,8 @@ class UpdateBlock:
     """
 
     def __init__(self, records: NDArray[Any] | None = None) -> None:
-        records = np.zeros(1, UPDATES) if records is None else records
+        records = zeros(UPDATES) if records is None else records
         self.records: Any = as_records(records, self)
-        self.record: Any = self if isinstance(self.records, list) else records.view(np.recarray)[0]
         for name in UPDATES.names or ():
             setattr(self, name, records[name][0])
         self.cursor[0] = HOME_LEVELS

@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from benchmarks.changes import Changes
 from benchmarks.market import tape
 from benchmarks.measure import ROOT, Figure, Stages, machine, starts
 
@@ -44,11 +45,27 @@ def report(messages: int, rounds: int, cold_rounds: int) -> str:
         "",
         f"{against}; {alone}.",
         "",
+        *_changes(messages // 10, rounds),
+        "",
         *table("seconds", starts(cold_rounds), 1),
         "",
         f"Measured on: {where}; load before the start {load:.2f}{busy}.",
     ]
     return "\n".join(lines)
+
+
+def _changes(count: int, rounds: int) -> list[str]:
+    changes = Changes(count)
+    levels = changes.check()
+    figures = changes.rounds(rounds)
+    ours, theirs = figures
+    scale = (
+        f"{count:,} depth changes of {changes.mean_bytes:,.0f} bytes on average into a book that has {levels:,} levels at the end"
+    )
+    faster = (
+        f"arbl2 is {theirs.median / ours.median:.1f} times as fast, with a sorted book, its window and the origin of every level"
+    )
+    return [*table("microseconds per depth change", figures, 2), "", f"{scale}; {faster}."]
 
 
 def _mean_bytes(stages: Stages) -> float:

@@ -108,8 +108,11 @@ def closing(held: int, size: int, px: int, least: int) -> int:
     return part if px * part // E8 >= least else 0
 
 
-def run(session: Path, config: RunConfig, shift_ns: int) -> Result:
-    """Replay a clean BTC session; ``shift_ns`` turns monotonic stamps into engine time."""
+def run(session: Path, config: RunConfig, shift_ns: int, trace: list[tuple[int, int]] | None = None) -> Result:
+    """Replay a clean BTC session; ``shift_ns`` turns monotonic stamps into engine time.
+
+    ``trace`` gathers (engine time, direction) of every decision, 1 = sell on Upbit, -1 = buy there.
+    """
     policy, paper = config.policy, config.paper
     size_krw, most_krw = int(policy.size_krw) * E8**2, int(policy.max_position_krw) * E8**2
     entry, leave = policy.entry_bps, policy.tp_bps - policy.entry_bps
@@ -177,6 +180,8 @@ def run(session: Path, config: RunConfig, shift_ns: int) -> Result:
             return
         result.decisions += 1
         result.time_sum += now
+        if trace is not None:
+            trace.append((now, 1 if sells else -1))
         if on_upbit:
             orders.append(Order(now + upbit_ns, upbit, not sells, upbit_bid if sells else upbit_ask, on_upbit))
         if on_binance:

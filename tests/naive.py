@@ -30,6 +30,12 @@ E8 = 10**8
 INT64_MAX = 2**63 - 1
 TOO_MUCH = 2**62  # an order worth more is refused
 MOST_LEVELS = 30
+MOST_CHANGES = 10_000  # levels a side of a depth change or a snapshot
+MOST_RUNGS = 8_192  # levels a side of a full book
+MOST_HELD, MOST_HELD_LEVELS = 256, 20_000  # what is kept for a snapshot to come
+SESSION = 2**20  # connection numbers of one session in a merged run
+GONE = -1  # instead of a connection
+SNAPSHOT, CHANGE, BEYOND = 1, 2, 3  # how a level of a full book is known
 MOST_DIGITS = 400
 MOST_TAKES = 120
 OUT_OF_SIGHT_NS = 60 * 10**9
@@ -47,13 +53,16 @@ class Refused(Exception):
 
 @dataclass
 class Message:
-    """``levels`` of a book are (price, size) in 10^-8, best first, as sent."""
+    """Levels are (price, size) in 10^-8, as sent: a book's best first, a change's in any order."""
 
     reason: str
     name: str = ""
     update_id: int = 0
     bids: list[tuple[int, int]] = field(default_factory=list)
     asks: list[tuple[int, int]] = field(default_factory=list)
+    first_id: int = 0
+    exchange_ms: int = 0
+    conn: int = 0
 
 
 def _no_constant(text: str) -> Any:
@@ -154,7 +163,7 @@ def read_upbit(payload: bytes, known: set[str]) -> Message:
         raise Refused("wrong_shape", name)
     if len(units) > MOST_LEVELS:
         raise Refused("too_many_levels", name)
-    _count(get(body, "timestamp", "tms"), name)
+    exchange_ms = _count(get(body, "timestamp", "tms"), name)
     bids = [
         (_json_number(get(u, "bid_price", "bp"), name, price=True), _json_number(get(u, "bid_size", "bs"), name)) for u in units
     ]
@@ -163,7 +172,7 @@ def read_upbit(payload: bytes, known: set[str]) -> Message:
     ]
     totals = [body.get(key, body.get(short, ABSENT)) for key, short in (("total_bid_size", "tbs"), ("total_ask_size", "tas"))]
     stated = None if ABSENT in totals else (_json_number(totals[0], name), _json_number(totals[1], name))
-    return _checked(Message("book", name, 0, bids, asks), stated)
+    return _checked(Message("book", name, 0, bids, asks, exchange_ms=exchange_ms), stated)
 
 
 def read_binance(payload: bytes, known: set[str]) -> Message:
@@ -171,30 +180,95 @@ def read_binance(payload: bytes, known: set[str]) -> Message:
     if not isinstance(body, dict):
         raise Refused("wrong_shape", "")
     if "stream" not in body:
+        if _event_name(body) == "depthUpdate":
+            return _depth_change(body, "", known)
         if "error" in body or ("code" in body and "msg" in body):
             return Message("venue_error")
-        return Message("ack" if "result" in body else "other_message")
-    if not isinstance(body["stream"], str):
+        if "result" in body:
+            return Message("ack")
+        if "lastUpdateId" in body:  # a partial depth of /ws: of which symbol?
+            raise Refused("wrong_shape", "")
+        return Message(_other(body, ""))
+    stream = body["stream"]
+    if not isinstance(stream, str):
         raise Refused("wrong_shape", "")
-    match = re.fullmatch(r"([a-z0-9]+)@depth(5|10|20)(@100ms)?", body["stream"])
+    if stream == "!serverShutdown":
+        return Message("shutdown")
+    match = re.fullmatch(r"([a-z0-9]{1,24})@depth(5|10|20)?(@100ms)?", stream)
     name = match[1].upper() if match else ""
     data = body.get("data")
     if not isinstance(data, dict):
         raise Refused("wrong_shape", name)
-    if match is None:
-        return Message("other_message")
+    if _event_name(data) == "depthUpdate":
+        return _depth_change(data, name, known)
+    if match is None or match[2] is None:
+        return Message(_other(data, stream))
     if name not in known:
         return Message("unknown_instrument")
     update_id = _count(data.get("lastUpdateId"), name)
-    sides = []
-    for key in ("bids", "asks"):
-        levels = data.get(key)
-        if not isinstance(levels, list) or not all(isinstance(level, list) and len(level) >= 2 for level in levels):
-            raise Refused("wrong_shape", name)
-        if len(levels) > MOST_LEVELS:
-            raise Refused("too_many_levels", name)
-        sides.append([(_text_number(level[0], name, price=True), _text_number(level[1], name, price=False)) for level in levels])
+    sides = [_levels(data.get(key), name, MOST_LEVELS) for key in ("bids", "asks")]
     return _checked(Message("book", name, update_id, *sides), None)
+
+
+def _event_name(data: dict[str, Any]) -> str:
+    if "e" in data and not isinstance(data["e"], str):
+        raise Refused("wrong_shape", "")
+    return str(data.get("e", ""))
+
+
+def _other(data: dict[str, Any], stream: str) -> str:
+    if "e" in data:
+        kinds = {"trade": "trade", "aggTrade": "trade", "24hrTicker": "ticker", "serverShutdown": "shutdown"}
+        return kinds.get(data["e"], "other_message")
+    ticks = stream.endswith("@bookTicker") or all(key in data for key in "usbBaA")
+    return "book_ticker" if ticks else "other_message"
+
+
+def _levels(levels: Any, name: str, most: int) -> list[tuple[int, int]]:
+    if not isinstance(levels, list) or not all(isinstance(level, list) and len(level) >= 2 for level in levels):
+        raise Refused("wrong_shape", name)
+    if len(levels) > most:
+        raise Refused("too_many_levels", name)
+    return [(_text_number(level[0], name, price=True), _text_number(level[1], name, price=False)) for level in levels]
+
+
+def _depth_change(data: dict[str, Any], streamed: str, known: set[str]) -> Message:
+    name = data.get("s")
+    if not isinstance(name, str) or (streamed and name != streamed):
+        raise Refused("wrong_shape", streamed)
+    if "pu" in data:  # futures: another chain
+        raise Refused("futures", name)
+    if name not in known:
+        return Message("unknown_instrument")
+    first_id, last_id = _count(data.get("U"), name), _count(data.get("u"), name)
+    if first_id > last_id:
+        raise Refused("wrong_shape", name)
+    exchange_ms = _count(data.get("E"), name)
+    bids, asks = (_levels(data.get(key), name, MOST_CHANGES) for key in ("b", "a"))
+    return Message("diff", name, last_id, bids, asks, first_id, exchange_ms)
+
+
+def read_snapshot(body: bytes) -> Message:
+    """The body of a REST answer; one without a ``lastUpdateId`` is no snapshot."""
+    if b'"lastUpdateId"' not in body:
+        return Message("rest")
+    data = _json(body)
+    if not isinstance(data, dict):
+        raise Refused("wrong_shape", "")
+    last_id = _count(data.get("lastUpdateId"), "")
+    bids, asks = (_levels(data.get(key), "", MOST_CHANGES) for key in ("bids", "asks"))
+    return _checked(Message("snapshot" if last_id else "rest", "", last_id, bids, asks), None)
+
+
+def asked_for(request: bytes) -> str:
+    """The symbol of a depth request, "" for another request."""
+    try:
+        url = _json(request)["url"]
+        path, _, query = url.partition("#")[0].partition("?")
+        symbols = [value for key, _, value in (part.partition("=") for part in query.split("&")) if key == "symbol"]
+    except (Refused, KeyError, TypeError, AttributeError):
+        return ""
+    return symbols[0] if path.endswith("/api/v3/depth") and symbols else ""
 
 
 def stated_rules(body: bytes) -> dict[str, BinanceRules]:
@@ -239,7 +313,7 @@ class Take:
     seen_ns: int  # when the level was last displayed
 
 
-@dataclass
+@dataclass(eq=False)
 class Book:
     venue: str
     bids: list[tuple[int, int]] = field(default_factory=list)
@@ -249,9 +323,69 @@ class Book:
     last_ns: int = 0
     conn: int = 0
     update_id: int = 0
+    exchange_ms: int = 0
     updates: int = 0
+    gaps: Counter[str] = field(default_factory=Counter)  # time between updates over one connection, up to "600 s" or more
     connected: bool = False
     trusted: bool = False
+    windowed: bool = False  # whole windows make it
+    synced: bool = False  # its ladder is a snapshot with every change since
+    held: list[Message] = field(default_factory=list)  # changes that wait for the snapshot
+    ladder: dict[str, dict[int, tuple[int, int]]] = field(default_factory=lambda: {"bid": {}, "ask": {}})  # size, how known
+    range: dict[str, int | None] = field(default_factory=lambda: {"bid": None, "ask": None})  # the worst price that is known
+
+    # --- full books
+
+    def hold(self, message: Message) -> None:
+        levels = sum(len(one.bids) + len(one.asks) for one in (*self.held, message))
+        if len(self.held) == MOST_HELD or levels > MOST_HELD_LEVELS:
+            self.held = []
+        self.held.append(message)
+
+    def load(self, snapshot: Message) -> None:
+        for side, levels in (("bid", snapshot.bids), ("ask", snapshot.asks)):
+            kept = levels[:MOST_RUNGS]
+            self.ladder[side] = {px: (qty, SNAPSHOT) for px, qty in kept}
+            self.range[side] = kept[-1][0] if kept else None
+        self.update_id = snapshot.update_id
+
+    def change(self, message: Message) -> None:
+        for side, levels in (("bid", message.bids), ("ask", message.asks)):
+            for px, qty in levels:
+                self._set(side, px, qty)
+        self.update_id = message.update_id
+
+    def _set(self, side: str, px: int, qty: int) -> None:
+        rungs = self.ladder[side]
+        if qty == 0:
+            rungs.pop(px, None)
+        elif px:
+            rungs[px] = (qty, CHANGE if self.knows(side, px) else BEYOND)
+        if len(rungs) > MOST_RUNGS:
+            worst = self.worst(side)
+            del rungs[worst]
+            if self.knows(side, worst):
+                self.range[side] = self.worst(side)
+
+    def worst(self, side: str) -> int:
+        return min(self.ladder[side]) if side == "bid" else max(self.ladder[side])
+
+    def knows(self, side: str, px: int) -> bool:
+        end = self.range[side]
+        return end is not None and (px >= end if side == "bid" else px <= end)
+
+    def rungs(self, side: str) -> list[tuple[int, int, int]]:
+        """(price, size, how known), best first."""
+        return [(px, *self.ladder[side][px]) for px in sorted(self.ladder[side], reverse=side == "bid")]
+
+    def show(self) -> bool:
+        """The best known levels are what is displayed; False if they are crossed."""
+        self.bids, self.asks = (
+            [(px, qty) for px, qty, _ in self.rungs(side)[:MOST_LEVELS] if self.knows(side, px)] for side in ("bid", "ask")
+        )
+        return not self.bids or not self.asks or self.bids[0][0] < self.asks[0][0]
+
+    # --- what is displayed
 
     def levels(self, side: str) -> list[tuple[int, int]]:
         return self.bids if side == "bid" else self.asks
@@ -402,6 +536,9 @@ class NaiveEngine:
         for index, symbol in enumerate(symbols):
             books = {"upbit": self.books["upbit"][f"KRW-{symbol}"], "binance": self.books["binance"][f"{symbol}USDT"]}
             self.pairs.append(Pair(index, symbol, books))
+        names = sorted(set(instruments.get("binance", ())))
+        self.lone_name = names[0] if len(names) == 1 else ""
+        self.asked: dict[int, str] = {}  # by session: what its last REST request asked for
         self.recorded_rules: dict[str, BinanceRules] = {}
         self._set_rules()
         paper = config.paper
@@ -451,18 +588,42 @@ class NaiveEngine:
         if frame.kind == FrameKind.MESSAGE and frame.venue:
             self._message(frame)
             return
-        if frame.kind == FrameKind.CLOSED or (frame.kind == FrameKind.ALARM and b'"alarm":"dropped"' in frame.payload):
+        lost = frame.kind == FrameKind.ALARM and b'"alarm":"dropped"' in frame.payload
+        if lost or (frame.kind == FrameKind.CLOSED and b'"covered":true' not in frame.payload):
             for book in self.books[frame.venue].values():
+                for message in book.held:
+                    if message.conn == frame.conn:
+                        message.conn = GONE
                 if book.connected and book.conn == frame.conn:
                     book.connected = frame.kind != FrameKind.CLOSED
                     self._doubt(book)
-        elif frame.kind == FrameKind.RESPONSE and frame.venue == "binance" and b'"symbols"' in frame.payload:
+        elif frame.kind == FrameKind.REQUEST and frame.venue == "binance":
+            self.asked[frame.conn // SESSION] = asked_for(frame.payload)
+        elif frame.kind == FrameKind.RESPONSE and frame.venue == "binance":
+            reason = self._response(frame)
+        self.reasons[frame.venue or "-", reason] += 1
+
+    def _response(self, frame: Frame) -> str:
+        if b'"symbols"' in frame.payload:
             try:
                 self.recorded_rules |= stated_rules(frame.payload)
                 self._set_rules()
             except Refused:
-                reason = "bad_rules"
-        self.reasons[frame.venue or "-", reason] += 1
+                return "bad_rules"
+        try:
+            message = read_snapshot(frame.payload)
+        except Refused as refused:
+            return str(refused.args[0])
+        if message.reason != "snapshot":
+            return "rest"
+        # a body does not say of which symbol it is; where nothing was ever asked, a single instrument leaves no doubt
+        known, session = self.books["binance"], frame.conn // SESSION
+        name = self.asked.get(session, self.lone_name)
+        if session in self.asked:
+            self.asked[session] = ""
+        if name in known and self._is_made_of_changes(known[name]):
+            return self._snapshot(known[name], message, frame.seq)
+        return "rest"
 
     def _message(self, frame: Frame) -> None:
         read = read_upbit if frame.venue == "upbit" else read_binance
@@ -475,24 +636,95 @@ class NaiveEngine:
             if name in known:
                 self._doubt(known[name])
             return
-        if message.reason != "book":
-            self.reasons[frame.venue, message.reason] += 1
-            return
-        book = known[message.name]
-        if 0 < message.update_id < book.update_id and frame.conn == book.conn:
-            self.reasons[frame.venue, "id_regress"] += 1
+        reason, message.conn = message.reason, frame.conn
+        if reason == "book":
+            reason = self._window(known[message.name], message, frame.seq)
+        elif reason == "diff" and self._is_made_of_changes(known[message.name]):
+            reason = self._change(known[message.name], message, frame.seq)
+        self.reasons[frame.venue, reason] += 1
+
+    # --- books
+
+    def _is_made_of_changes(self, book: Book) -> bool:
+        depth = self.config.aggregator.binance_depth
+        return depth == "diff" or (depth == "auto" and not book.windowed)
+
+    def _window(self, book: Book, message: Message, seq: int) -> str:
+        if book.venue == "binance" and self.config.aggregator.binance_depth == "diff":
+            return "book"
+        if self._is_copy(book, message):
+            return "copy"
+        if book.windowed and 0 < message.update_id < book.update_id and message.conn == book.conn:
             self._doubt(book)
-            return
-        self.reasons[frame.venue, "book"] += 1
-        book.bids, book.asks, book.update_id = message.bids, message.asks, message.update_id
-        book.last_ns, book.conn, book.connected, book.trusted = self.time_ns, frame.conn, True, True
+            return "id_regress"
+        book.windowed = True
+        book.bids, book.asks = message.bids, message.asks
+        self._renew(book, message)
+        self._changed(book, seq)
+        return "book"
+
+    def _is_copy(self, book: Book, message: Message) -> bool:
+        """Told by another session than the one that feeds the book, and no news, while that one is well."""
+        if not book.updates or message.conn // SESSION == book.conn // SESSION or not book.active(self.time_ns, self.stale_ns):
+            return False
+        if message.update_id:
+            return message.update_id <= book.update_id
+        return message.exchange_ms <= book.exchange_ms
+
+    def _change(self, book: Book, message: Message, seq: int) -> str:
+        if not book.synced:  # steps 1 and 2: keep it until the snapshot comes
+            book.hold(message)
+            return "diff"
+        if message.update_id <= book.update_id:  # known already
+            return "diff"
+        if message.first_id > book.update_id + 1:  # something is missing: from the beginning
+            book.synced, book.held = False, [message]
+            self._doubt(book)
+            return "sequence_gap"
+        book.change(message)
+        return self._rebuilt(book, message, seq, "diff")
+
+    def _snapshot(self, book: Book, snapshot: Message, seq: int) -> str:
+        if book.synced and snapshot.update_id <= book.update_id:
+            return "rest"  # the book is further on
+        book.load(snapshot)  # step 6
+        newer = [message for message in book.held if message.update_id > snapshot.update_id]  # step 5
+        applied = None
+        for message in newer:
+            if message.update_id <= book.update_id:
+                continue  # another connection told it too
+            if message.first_id > book.update_id + 1:  # steps 3 and 4: too old, ask for another
+                book.synced = book.trusted = False
+                return "rest"
+            book.change(message)
+            applied = message
+        book.synced, book.held = True, []
+        # without a change over a connection that is still there nothing says that the book goes on
+        return self._rebuilt(book, applied, seq, "rest") if applied and applied.conn != GONE else "rest"
+
+    def _rebuilt(self, book: Book, message: Message, seq: int, reason: str) -> str:
+        self._renew(book, message)
+        if not book.show():
+            self._doubt(book)
+            return "crossed"
+        self._changed(book, seq)
+        return reason
+
+    def _renew(self, book: Book, message: Message) -> None:
+        if book.updates and message.conn == book.conn:
+            ms = (self.time_ns - book.last_ns) // 10**6
+            book.gaps[f"{ms} ms" if ms < 1_000 else f"{min(ms // 1_000, 600)} s"] += 1
+        book.update_id, book.exchange_ms, book.conn = message.update_id, message.exchange_ms, message.conn
+        book.last_ns, book.connected, book.trusted = self.time_ns, True, True
         book.updates += 1
+
+    def _changed(self, book: Book, seq: int) -> None:
         self._resolve(book, good=True)
         book.heal("bid", self.time_ns)
         book.heal("ask", self.time_ns)
         for pair in self.pairs:
             if (book is self.fx or book in pair.books.values()) and pair.in_flight == 0:
-                self._look(pair, frame.seq)
+                self._look(pair, seq)
 
     def _doubt(self, book: Book) -> None:
         book.trusted = False

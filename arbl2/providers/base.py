@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from arbl2.frames import ExchangeId, FrameBlock
     from arbl2.updates import UpdateBlock
 
+# plain numbers: a member of an enum takes longer to look up than a small block takes to scan
+_MESSAGE, _REQUEST, _RESPONSE = int(FrameKind.MESSAGE), int(FrameKind.REQUEST), int(FrameKind.RESPONSE)
+_UNREAD = int(What.UNREAD)
 _NUMBER_REASONS = {
     "number": Reason.BAD_NUMBER,
     "negative": Reason.NEGATIVE,
@@ -76,6 +79,7 @@ class Provider(ABC):
     venue: ExchangeId
     venue_code: int
     _scan: Callable[..., None]
+    _scan_response: Callable[..., None] | None = None
 
     def __init__(self, books: Mapping[str, int], *, scanner: bool = True) -> None:
         self.books = dict(books)
@@ -99,21 +103,30 @@ class Provider(ABC):
 
     def decode(self, block: FrameBlock, updates: UpdateBlock) -> None:
         """Fill the rows of this venue's messages; every other row is left alone."""
-        ours = block.venue == self.venue_code
-        rows = np.flatnonzero(ours & (block.kind == FrameKind.MESSAGE))
         u = updates
+        ours = np.flatnonzero(block.venue == self.venue_code)
+        if not len(ours):
+            return
+        kinds = block.kind[ours]
+        rows = ours[kinds == _MESSAGE]
         if self._scanner:
             u.offsets[: len(block) + 1] = block.offsets
-            type(self)._scan(block.data, rows, self._names, u.records, self._totals)
+            self._scan(block.data, rows, self._names, u.records, self._totals)
         else:
-            u.what[rows] = What.UNREAD
-        for i in rows[u.what[rows] == What.UNREAD].tolist():
+            u.what[rows] = _UNREAD
+        for i in rows[u.what[rows] == _UNREAD].tolist():
             self._read_into(self.read, block.payload(i), u, i)
-        for i in np.flatnonzero(ours & (block.kind == FrameKind.REQUEST)).tolist():
+        if len(rows) == len(ours):
+            return
+        for i in ours[kinds == _REQUEST].tolist():
             u.what[i] = What.ASKED
             u.book[i] = self.books.get(self.asked(block.payload(i)), -1)
-        for i in np.flatnonzero(ours & (block.kind == FrameKind.RESPONSE)).tolist():
-            self._read_into(self.read_response, block.payload(i), u, i)
+        for i in ours[kinds == _RESPONSE].tolist():
+            u.what[i] = _UNREAD
+            if self._scanner and self._scan_response is not None:
+                self._scan_response(block.data, i, u.records)
+            if u.what[i] == _UNREAD:
+                self._read_into(self.read_response, block.payload(i), u, i)
 
     def asked(self, request: bytes) -> str:
         """The instrument whose snapshot a REST request asks for; "" if it asks for something else."""

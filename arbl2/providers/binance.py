@@ -7,7 +7,7 @@ outside the wrapper.
 
 A depth change (``btcusdt@depth@100ms``, event ``depthUpdate``) carries the ids ``U`` to ``u`` of what changed since the one
 before and absolute sizes, 0 = gone; together with a snapshot (``GET /api/v3/depth``) it gives the whole book. Which changes
-belong to which snapshot is the loop's business (``kernels.change``). Futures chain by ``pu`` instead and are refused.
+belong to which snapshot is the loop's business (docs/full-books.md). Futures chain by ``pu`` instead and are refused.
 
 Prices and quantities are strings with eight decimals, whatever the tick.
 
@@ -17,6 +17,7 @@ Source: github.com/binance/binance-spot-api-docs web-socket-streams.md (2026-07)
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -33,7 +34,7 @@ from arbl2.providers.base import (
     read_object,
     read_string,
 )
-from arbl2.scan import scan_binance
+from arbl2.scan import scan_binance, scan_snapshot
 from arbl2.updates import MAX_CHANGES, MAX_LEVELS, Reason, What
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class BinanceL2Provider(Provider):
     venue = ExchangeId.BINANCE
     venue_code = BINANCE
     _scan = staticmethod(scan_binance)
+    _scan_response = staticmethod(scan_snapshot)
 
     @staticmethod
     def instrument(name: str) -> Instrument:
@@ -134,13 +136,13 @@ class BinanceL2Provider(Provider):
         if b'"lastUpdateId"' not in body:
             return Reading(Reason.REST)
         data = read_object(body)
-        return Reading(
-            Reason.REST,
-            what=What.SNAPSHOT,
-            update_id=read_count(data.get("lastUpdateId")),
-            bids=_side(data.get("bids"), "", MAX_CHANGES),
-            asks=_side(data.get("asks"), "", MAX_CHANGES),
-        )
+        update_id = read_count(data.get("lastUpdateId"))
+        bids, asks = (tuple(filter(all, _side(data.get(key), "", MAX_CHANGES))) for key in ("bids", "asks"))
+        if any(a[0] <= b[0] for a, b in pairwise(bids)) or any(a[0] >= b[0] for a, b in pairwise(asks)):
+            raise RefusedError(Reason.UNSORTED)
+        if bids and asks and bids[0][0] >= asks[0][0]:
+            raise RefusedError(Reason.CROSSED)
+        return Reading(Reason.REST, what=What.SNAPSHOT, update_id=update_id, bids=bids, asks=asks)
 
 
 class _Request(msgspec.Struct):

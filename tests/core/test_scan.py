@@ -12,7 +12,7 @@ import pytest
 
 from arbl2.frames import BINANCE, UPBIT
 from arbl2.providers import BinanceL2Provider, UpbitL2Provider
-from arbl2.updates import MAX_LEVELS
+from arbl2.updates import MAX_CHANGES, MAX_LEVELS
 from arbl2_replay.wire import Book
 from properties.effort import EFFORT
 from properties.wild import (
@@ -22,12 +22,15 @@ from properties.wild import (
     any_bytes,
     binance_bytes,
     block_of,
+    change_bytes,
     decode,
     levels_of,
     provider,
     rows_of,
+    told_beside,
     upbit_bytes,
     wild_book,
+    wild_change,
 )
 
 E8 = 10**8
@@ -51,7 +54,7 @@ def test_upbit_books_are_scanned(units):
     scanned = rows_of(block_of(payloads, UPBIT), ScannedUpbit(UPBIT_BOOKS))
     assert scanned == decode(payloads, UPBIT, scanner=False)
     for row, book in zip(scanned, books, strict=True):
-        assert row == ("BOOK", "book", 2, 1_767_312_000_123, 0, *levels_of(book))
+        assert row == ("BOOK", "book", 2, 1_767_312_000_123, 0, 0, *levels_of(book))
 
 
 @pytest.mark.parametrize("depth", [5, 10, 20])
@@ -64,6 +67,51 @@ def test_binance_books_are_scanned(depth):
     for row, book in zip(scanned, books, strict=True):
         assert (row.what, row.reason, row.book) == ("BOOK", "book", 5)
         assert (row.bids, row.asks) == levels_of(book)
+
+
+@pytest.mark.parametrize("venue", ANY_VENUE)
+def test_a_thousand_instruments_are_told_apart(venue):
+    """Names of one, two and three letters and their neighbours: each message finds its own book or none."""
+    names = [f"{'KRW-' if venue == UPBIT else ''}{k:X}A{k % 7}{'' if venue == UPBIT else 'USDT'}" for k in range(1_024)]
+    books = {name: k for k, name in enumerate(names[::2])}
+    book, rng = wild_book(Random(1), 5), Random(2)
+    make = (
+        (lambda name: upbit_bytes(rng, book, 5, code=name))
+        if venue == UPBIT
+        else (lambda name: binance_bytes(rng, book, 5, symbol=name))
+    )
+    kind = ScannedUpbit if venue == UPBIT else ScannedBinance
+    found = rows_of(block_of([make(name) for name in names], venue), kind(books))
+    assert [row.book for row in found] == [books.get(name, -1) for name in names]
+    assert {row.reason for row in found[1::2]} == {"unknown_instrument"}
+
+
+def test_trades_and_tickers_are_scanned():
+    rng = Random(5)
+    payloads = [told_beside(rng, "BTCUSDT") for _ in range(200)]
+    scanned = rows_of(block_of(payloads, BINANCE), ScannedBinance(BINANCE_BOOKS))
+    assert scanned == decode(payloads, BINANCE, scanner=False)
+    assert {row.reason for row in scanned} == {"trade", "book_ticker"}
+
+
+@pytest.mark.parametrize("most", [1, 20, 3_000])
+def test_binance_changes_are_scanned(most):
+    rng = Random(most)
+    changes = [wild_change(rng, most) for _ in range(2 * EFFORT if most == 3_000 else 150 * EFFORT)]
+    payloads = [change_bytes(rng, change, symbol="1000SATSUSDT") for change in changes]
+    scanned = rows_of(block_of(payloads, BINANCE), ScannedBinance(BINANCE_BOOKS))
+    assert scanned == decode(payloads, BINANCE, scanner=False)
+    for row, change in zip(scanned, changes, strict=True):
+        assert row == ("CHANGE", "diff", 5, 1_767_312_000_123, change.first_id, change.last_id, change.bids, change.asks)
+
+
+@pytest.mark.parametrize(("levels", "reason"), [(MAX_CHANGES, "diff"), (MAX_CHANGES + 1, "too_many_levels")])
+def test_ten_thousand_levels_of_a_change_fit(levels, reason):
+    side = b",".join(b'["%d","1"]' % (k + 1) for k in range(levels))
+    frame = b'{"stream":"btcusdt@depth","data":{"e":"depthUpdate","E":1,"s":"BTCUSDT","U":1,"u":2,"b":[%b],"a":[%b]}}'
+    for bids, asks in ((side, b""), (b"", side), (side, side)):
+        assert _both(frame % (bids, asks), BINANCE).reason == reason
+    assert [row.reason for row in decode([frame % (side, side)] * 3, BINANCE, scanner=True)] == [reason] * 3
 
 
 def _both(payload, venue):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import pairwise
 
 import numpy as np
@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 import naive
 from arbl2.engine import Engine
 from arbl2.events import Direction, FillStatus, Intent, Outcome, Side
-from arbl2.frames import FrameBlock, FrameKind
+from arbl2.frames import FrameBlock
 from arbl2.kernels import exit_size_e8, size_for_e8
 from arbl2.policy import Ask
 from arbl2.rules import pair_rules
 from properties.effort import examples
 from properties.soup import ANCHOR, INSTRUMENTS, soup
+from properties.twins import differences
 
 MESSAGES = 250
 seeds = st.integers(0, 10**9)
@@ -49,6 +50,36 @@ def test_blocks_change_nothing(seed, cuts):
     single, once_more = run(config, frames, range(len(frames)))
     assert single.digest() == whole.digest()
     assert same_events(once_more, events)
+
+
+@given(seed=seeds, cuts=st.lists(st.integers(0, MESSAGES), max_size=30))
+@examples(60)
+def test_books_are_those_of_the_slow_twin(seed, cuts):
+    """State, window and full book with the origin of each level, wherever one looks."""
+    config, frames = soup(seed, MESSAGES)
+    block = FrameBlock.from_frames(frames, ANCHOR)
+    engine, twin = Engine(INSTRUMENTS, config), naive.NaiveEngine(INSTRUMENTS, config)
+    for start, stop in pairwise([0, *sorted(cuts), MESSAGES]):
+        engine.feed(block.slice(start, stop))
+        twin.feed(frames[start:stop], ANCHOR)
+        assert not differences(engine, twin)
+
+
+def test_sessions_reach_every_way_of_a_full_book():
+    """What the comparisons above are worth: full books of every origin, gaps, copies, snapshots of all ages."""
+    origins, reasons, most = set(), Counter(), 0
+    for seed in range(60):
+        config, frames = soup(seed, MESSAGES)
+        twin = naive.NaiveEngine(INSTRUMENTS, config).feed(frames, ANCHOR)
+        reasons += twin.reasons
+        for book in twin.books["binance"].values():
+            if book.synced and not book.windowed:
+                origins |= {origin for side in ("bid", "ask") for _, _, origin in book.rungs(side)}
+                most = max(most, book.updates)
+    assert origins == {naive.SNAPSHOT, naive.CHANGE, naive.BEYOND}
+    assert most > 30
+    for reason in ("sequence_gap", "crossed", "unsorted", "copy", "futures", "wrong_shape", "not_json", "id_regress"):
+        assert reasons["binance", reason], reason
 
 
 @given(seed=seeds)
@@ -127,23 +158,20 @@ def test_the_past_does_not_depend_on_the_future(seed, cut):
         assert (later["seq"] > cut).all()
 
 
-def displayed(frames):
-    """(time_ns, sizes by price) of every good frame, by (venue, coin, side)."""
+def displayed(config, frames):
+    """(time_ns, sizes by price) of every book that was displayed, by (venue, coin, side); the slow twin built it."""
     books = defaultdict(list)
-    now = 0
+    twin = naive.NaiveEngine(INSTRUMENTS, config)
+    updates = Counter()
     for frame in frames:
-        now = max(now, ANCHOR.time_ns(frame.mono_ns))
-        if frame.kind is not FrameKind.MESSAGE:
-            continue
-        read = naive.read_upbit if frame.venue == "upbit" else naive.read_binance
-        try:
-            message = read(frame.payload, set(INSTRUMENTS[frame.venue]))
-        except naive.Refused:
-            continue
-        if message.reason == "book":
-            coin = message.name.removeprefix("KRW-").removesuffix("USDT")
-            books[frame.venue, coin, Side.SELL].append((now, dict(message.bids)))
-            books[frame.venue, coin, Side.BUY].append((now, dict(message.asks)))
+        twin.frame(frame, ANCHOR.time_ns(frame.mono_ns))
+        for venue, kept in twin.books.items():
+            for name, book in kept.items():
+                if book.updates > updates[name]:
+                    updates[name] = book.updates
+                    coin = name.removeprefix("KRW-").removesuffix("USDT")
+                    books[venue, coin, Side.SELL].append((twin.time_ns, dict(book.bids)))
+                    books[venue, coin, Side.BUY].append((twin.time_ns, dict(book.asks)))
     return books
 
 
@@ -181,7 +209,7 @@ def test_nothing_displayed_is_spent_twice(seed):
     """While the venue shows a level unchanged, all our orders together take no more from it than it shows."""
     config, frames = soup(seed, MESSAGES)
     engine, events = run(config, frames)
-    books, venues = displayed(frames), ("", "upbit", "binance")
+    books, venues = displayed(config, frames), ("", "upbit", "binance")
     taken = defaultdict(int)
     for fill in events.fills[events.fills["filled_e8"] > 0]:
         key = venues[fill["venue"]], engine.universe.symbols[fill["symbol"]], Side(int(fill["side"]))

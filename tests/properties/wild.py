@@ -9,7 +9,16 @@ import numpy as np
 from arbl2.frames import BINANCE, UPBIT, FrameBlock, FrameKind
 from arbl2.providers import BinanceL2Provider, UpbitL2Provider
 from arbl2.updates import MAX_BLOCK, Reason, UpdateBlock, What
-from arbl2_replay.wire import Book, binance_combined, binance_depth, upbit_orderbook
+from arbl2_replay.wire import (
+    Book,
+    DepthChange,
+    binance_book_ticker,
+    binance_combined,
+    binance_depth,
+    binance_diff,
+    binance_trade,
+    upbit_orderbook,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,6 +37,7 @@ class Row(NamedTuple):
     reason: str
     book: int
     exchange_ms: int
+    first_id: int
     update_id: int
     bids: list[tuple[int, int]]
     asks: list[tuple[int, int]]
@@ -38,7 +48,9 @@ def provider(venue: int, *, scanner: bool = True) -> Provider:
     return kind(books, scanner=scanner)
 
 
-def block_of(payloads: Sequence[bytes], venue: int, *, data: bytes | None = None) -> FrameBlock:
+def block_of(
+    payloads: Sequence[bytes], venue: int, *, data: bytes | None = None, kind: FrameKind = FrameKind.MESSAGE
+) -> FrameBlock:
     """Messages as a block whose buffer ends with the last byte of the last one (or goes on, if ``data`` is given)."""
     n = len(payloads)
     offsets = np.zeros(n + 1, np.int32)
@@ -51,7 +63,7 @@ def block_of(payloads: Sequence[bytes], venue: int, *, data: bytes | None = None
         mono_ns=stamps,
         venue=np.full(n, venue, np.uint8),
         conn=np.ones(n, np.int32),
-        kind=np.full(n, FrameKind.MESSAGE, np.uint8),
+        kind=np.full(n, kind, np.uint8),
         op=np.ones(n, np.uint8),
         queue_us=np.zeros(n, np.int32),
         flags=np.zeros(n, np.uint8),
@@ -73,20 +85,20 @@ def rows_of(block: FrameBlock, decoder: Provider) -> list[Row]:
 
 def _row(u: UpdateBlock, i: int) -> Row:
     what, reason = What(int(u.what[i])), Reason(int(u.reason[i]))
-    ms = update_id = 0
+    ms = first_id = update_id = 0
     bids: list[tuple[int, int]] = []
     asks: list[tuple[int, int]] = []
     if what is not What.NOTHING:
-        ms, update_id = int(u.exchange_ms[i]), int(u.update_id[i])
+        ms, first_id, update_id = (int(column[i]) for column in (u.exchange_ms, u.first_id, u.update_id))
         at, n, m = int(u.start[i]), int(u.n_bid[i]), int(u.n_ask[i])
         bids, asks = (
             list(zip(u.px_e8[a : a + k].tolist(), u.qty_e8[a : a + k].tolist(), strict=True)) for a, k in ((at, n), (at + n, m))
         )
-    return Row(what.name, reason.label, int(u.book[i]) if what is not What.NOTHING else -1, ms, update_id, bids, asks)
+    return Row(what.name, reason.label, int(u.book[i]) if what is not What.NOTHING else -1, ms, first_id, update_id, bids, asks)
 
 
-def decode(payloads: Sequence[bytes], venue: int, *, scanner: bool) -> list[Row]:
-    return rows_of(block_of(payloads, venue), provider(venue, scanner=scanner))
+def decode(payloads: Sequence[bytes], venue: int, *, scanner: bool, kind: FrameKind = FrameKind.MESSAGE) -> list[Row]:
+    return rows_of(block_of(payloads, venue, kind=kind), provider(venue, scanner=scanner))
 
 
 # ---------------------------------------------------------------------------------------------------------------- books
@@ -130,11 +142,44 @@ def binance_bytes(rng: Random, book: Book, depth: int, *, symbol: str = "BTCUSDT
     return binance_combined(f"{symbol.lower()}@depth{depth}{suffix}", binance_depth(book, update_id, depth=depth))
 
 
+def wild_change(rng: Random, most: int) -> DepthChange:
+    """A change of up to ``most`` levels a side, in any order, some of them gone."""
+    sides = [[(px, rng.choice((0, size))) for px, size in side] for side in levels_of(wild_book(rng, most))]
+    for side in sides:
+        rng.shuffle(side)
+    first_id = rng.choice((1, 50_000_000_123, 10**17))
+    return DepthChange(first_id, first_id + rng.choice((0, 1, 1_000)), *sides)
+
+
+def change_bytes(rng: Random, change: DepthChange, *, symbol: str = "BTCUSDT", raw: bool = False) -> bytes:
+    data = binance_diff(symbol, change, 1_767_312_000_123)
+    return data if raw else binance_combined(f"{symbol.lower()}@depth{rng.choice(('', '@100ms'))}", data)
+
+
+def snapshot_bytes(rng: Random, most: int = 100) -> bytes:
+    return binance_depth(wild_book(rng, most), rng.choice((0, 1, 50_000_000_123)), depth=most)
+
+
+def told_beside(rng: Random, symbol: str) -> bytes:
+    """What Binance says beside its books: a trade, the touch."""
+    if rng.random() < 0.5:
+        data = binance_trade(
+            symbol, rng.randrange(10**10), _size(rng), _size(rng), 1_767_312_000_123, taker_sells=rng.random() < 0.5
+        )
+        return binance_combined(f"{symbol.lower()}@trade", data)
+    return binance_combined(f"{symbol.lower()}@bookTicker", binance_book_ticker(symbol, wild_book(rng, 1), rng.randrange(10**10)))
+
+
 def any_bytes(rng: Random, venue: int) -> bytes:
     """A message as the venue would send it."""
     if venue == UPBIT:
         units = rng.choice((1, 5, 15, 30))
         return upbit_bytes(rng, wild_book(rng, units), units, code=rng.choice((*UPBIT_BOOKS, "KRW-NOPE")))
+    if rng.random() < 0.2:
+        return told_beside(rng, rng.choice((*BINANCE_BOOKS, "NOPEUSDT")))
+    if rng.random() < 0.5:
+        symbol = rng.choice((*BINANCE_BOOKS, "NOPEUSDT"))
+        return change_bytes(rng, wild_change(rng, rng.choice((1, 4, 60))), symbol=symbol, raw=rng.random() < 0.1)
     depth = rng.choice((5, 10, 20))
     return binance_bytes(rng, wild_book(rng, depth), depth, symbol=rng.choice((*BINANCE_BOOKS, "NOPEUSDT")))
 
@@ -260,6 +305,8 @@ def _reorder(rng: Random, payload: bytes) -> bytes:
 
 def _rename(rng: Random, payload: bytes) -> bytes:
     names = (b"code", b"cd", b"type", b"ty", b"bids", b"asks", b"data", b"stream", b"level", b"obu", b"ask_size", b"bp", b"error")
+    if b"depthUpdate" in payload:
+        names = (b'"U"', b'"u"', b'"pu"', b'"b"', b'"a"', b'"E"', b'"e"', b'"s"', b"@depth", b"depthUpdate", b'"data"', b"@trade")
     return payload.replace(rng.choice(names), rng.choice(names), rng.choice((1, -1)))
 
 
