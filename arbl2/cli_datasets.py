@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from arbl2.datasets import Dataset
 
 app = typer.Typer(
-    help="List the recordings below a folder or URL; verify, ship and prune them; show their gaps.",
+    help="List the recordings below a folder or URL; verify, ship, build and prune them; show their gaps.",
     epilog="Example: arbl2 datasets --tapes s3://bucket/tapes",
 )
 GIB = 2**30
@@ -120,6 +120,25 @@ def verify(
         cli._show(_table("Verified", ("session", "result"), rows))
     if any(result["problem"] for result in found.values()):
         raise TapeError("not every recording is what it was. The table says which, and what to do.")
+
+
+@app.command(epilog="Example: arbl2 datasets build 20260102T000000Z-1a2b")
+def build(context: typer.Context, names: Names = None, tapes: Tapes = None, as_json: Json = False) -> None:
+    """Make decoded stores beside local recordings, so that replays need not read JSON. They may be deleted at any time."""
+    from arbl2 import cli
+    from arbl2.tape import TapeReader
+    from arbl2_replay.store import build_session
+
+    found = []
+    for session in _sessions(names, _root(context, tapes)):
+        reader = TapeReader(folder_here(session))
+        with cli._progress(f"build {reader.manifest.session}") as progress:
+            found.append(build_session(reader, progress))
+    if as_json:
+        cli._print_json([{name: getattr(item, name) for name in item.__slots__} for item in found])
+        return
+    rows = [(item.session, f"{item.made:,}", f"{item.kept:,}", _size(item.bytes), _size(item.raw_bytes)) for item in found]
+    cli._show(_table("Decoded stores", ("session", "made", "there before", "size", "raw"), rows))
 
 
 @app.command(epilog="Example: arbl2 datasets ship s3://bucket/tapes --delete-local")

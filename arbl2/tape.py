@@ -421,22 +421,39 @@ class TapeReader:
 
     def blocks(self) -> Iterator[FrameBlock]:
         """Every row group as a FrameBlock. Raises TapeError naming the file and row group that cannot be read."""
-        for segment in self.manifest.segments:
-            path = self._segment(segment)
-            rows, last_seq = 0, segment.first_seq - 1
-            for group, batch in _record_batches(path, self.manifest):
-                block = block_from_arrow(batch, self.anchor, where=f"{path} row group {group}")
-                if len(block) == 0:
-                    continue
-                steps = np.diff(block.seq, prepend=last_seq)
-                if bool(np.any(steps < 1)) or (self.manifest.state != RECOVERED and bool(np.any(steps > 1))):
-                    raise TapeError(
-                        f"{path} row group {group} lacks frames, or has them in the wrong order. Restore it from a copy."
-                    )
-                rows, last_seq = rows + len(block), int(block.seq[-1])
+        for number in range(len(self.manifest.segments)):
+            for _, block in self.groups(number):
                 yield block
-            if (rows, last_seq) != (segment.rows, segment.last_seq):
-                raise TapeError(f"{path} holds other frames than its manifest says. Restore it from a copy of the recording.")
+
+    def groups(self, number: int) -> Iterator[tuple[int, FrameBlock]]:
+        """The row groups of segment ``number`` (from 0) that hold frames, each with its own number. Raises TapeError."""
+        segment = self.manifest.segments[number]
+        path = self._segment(segment)
+        rows, last_seq = 0, segment.first_seq - 1
+        for group, batch in _record_batches(path, self.manifest):
+            block = block_from_arrow(batch, self.anchor, where=f"{path} row group {group}")
+            if len(block) == 0:
+                continue
+            self._check_order(block, last_seq, f"{path} row group {group}")
+            rows, last_seq = rows + len(block), int(block.seq[-1])
+            yield group, block
+        if (rows, last_seq) != (segment.rows, segment.last_seq):
+            raise TapeError(f"{path} holds other frames than its manifest says. Restore it from a copy of the recording.")
+
+    def group(self, number: int, group: int) -> FrameBlock:
+        """Row group ``group`` of segment ``number`` alone. Raises TapeError."""
+        path = self._segment(self.manifest.segments[number])
+        for found, batch in _record_batches(path, self.manifest, only=group):
+            block = block_from_arrow(batch, self.anchor, where=f"{path} row group {found}")
+            if len(block):
+                self._check_order(block, int(block.seq[0]) - 1, f"{path} row group {found}")
+                return block
+        raise TapeError(f"{path} has no frames in row group {group}. Restore it from a copy of the recording.")
+
+    def _check_order(self, block: FrameBlock, last_seq: int, where: str) -> None:
+        steps = np.diff(block.seq, prepend=last_seq)
+        if bool(np.any(steps < 1)) or (self.manifest.state != RECOVERED and bool(np.any(steps > 1))):
+            raise TapeError(f"{where} lacks frames, or has them in the wrong order. Restore it from a copy.")
 
     def frames(self) -> Iterator[Frame]:
         """Every frame, one at a time (slow; for tools and tests)."""
@@ -469,13 +486,14 @@ def _ledger_file(path: Place, columns: Sequence[str] | None) -> pa.Table:
         raise TapeError(f"{path} cannot be read ({reason(error)}). Restore it from a copy of the recording.") from None
 
 
-def _record_batches(path: Place, manifest: Manifest) -> Iterator[tuple[int, pa.RecordBatch]]:
+def _record_batches(path: Place, manifest: Manifest, *, only: int | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
     group = -1
     try:
         # Far away, one wide read is cheaper than one for each column.
         with path.open() as source, pq.ParquetFile(source, pre_buffer=path.local is None) as file:
             _check_schema(path, file.schema_arrow, manifest)
-            for group in range(file.metadata.num_row_groups):
+            every = range(file.metadata.num_row_groups)
+            for group in every if only is None else every[only : only + 1]:
                 _check_size(path, group, file.metadata.row_group(group))
                 table = file.read_row_group(group, use_threads=True).combine_chunks()
                 for batch in table.to_batches():
@@ -510,24 +528,30 @@ def _check_schema(path: Place, schema: pa.Schema, manifest: Manifest) -> None:
 
 def block_from_arrow(batch: pa.RecordBatch, anchor: Anchor, *, where: str = "tape") -> FrameBlock:
     """Columns of one Arrow batch; stamps and payload bytes are views of Arrow's memory, not copies."""
-    mono_ns = batch.column("mono_ns").to_numpy()
+    mono_ns = _values(batch.column("mono_ns"), np.int64)
     payload = batch.column("payload")
     _, offsets_buffer, data_buffer = payload.buffers()
     offsets = np.frombuffer(offsets_buffer, dtype=np.int32)[payload.offset : payload.offset + len(batch) + 1]
     return FrameBlock(
-        seq=batch.column("seq").to_numpy(),
+        seq=_values(batch.column("seq"), np.int64),
         time_ns=mono_ns + np.int64(anchor.wall_ns - anchor.mono_ns),
-        recv_ns=batch.column("recv_ns").to_numpy(),
+        recv_ns=_values(batch.column("recv_ns"), np.int64),
         mono_ns=mono_ns,
         venue=_codes(batch.column("venue"), _VENUE_CODES, where),
-        conn=batch.column("conn").to_numpy(),
+        conn=_values(batch.column("conn"), np.int32),
         kind=_codes(batch.column("kind"), _KIND_CODES, where),
         op=_codes(batch.column("op"), _OP_CODES, where),
-        queue_us=batch.column("queue_us").to_numpy(),
-        flags=batch.column("flags").to_numpy(),
+        queue_us=_values(batch.column("queue_us"), np.int32),
+        flags=_values(batch.column("flags"), np.uint8),
         offsets=offsets,
         data=np.frombuffer(data_buffer or b"", dtype=np.uint8),
     )
+
+
+def _values(column: pa.Array, dtype: type[np.generic]) -> NDArray[Any]:
+    # Not to_numpy: it first imports pandas, where there is one, for most of a second.
+    buffer = column.buffers()[1]
+    return np.frombuffer(buffer if buffer is not None else b"", dtype)[column.offset : column.offset + len(column)]
 
 
 def block_to_arrow(block: FrameBlock, schema: pa.Schema = SCHEMA) -> pa.RecordBatch:
@@ -575,7 +599,7 @@ def _codes(column: pa.DictionaryArray, codes: dict[str, int], where: str) -> Any
     if unknown:
         raise TapeError(f"{where}: unknown value {unknown[0]!r}. The tape was written by a newer arbl2, or is damaged.")
     lookup = np.array([codes[name] for name in names] or [0], dtype=np.uint8)
-    return lookup[column.indices.to_numpy()]
+    return lookup[_values(column.indices, np.int8)]
 
 
 @overload

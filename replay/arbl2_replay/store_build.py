@@ -1,0 +1,298 @@
+"""Building the decoded store of a segment: frames in, the two files of ``store_format`` out."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from arbl2.book import Universe
+from arbl2.decoding import Decoder, fitting
+from arbl2.errors import StorageError
+from arbl2.frames import VENUES, ExchangeId, FrameKind
+from arbl2.providers import PROVIDERS
+from arbl2.tape import sha256_of
+from arbl2.updates import HOME_LEVELS, LEVEL_ROOM, MAX_BLOCK, MAX_BOOKS, MAX_LEVELS, UpdateBlock, What
+from arbl2_replay.store_format import (
+    FIRST_SLICE_ROWS,
+    LEVELS,
+    MAX_SLICE_LEVELS,
+    MAX_SLICE_PAYLOAD,
+    ROWS,
+    SLICE_ROWS,
+    Index,
+    Kept,
+    Part,
+    Slice,
+    Stamp,
+    aside,
+    decoder_version,
+    instrument_names,
+    numbers,
+    save_index,
+)
+from arbl2_replay.store_kernels import PLACES, shrink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from arbl2.frames import FrameBlock
+    from arbl2.providers import Provider
+    from arbl2_replay.store_format import Files
+
+_LEVEL_ROOM = MAX_SLICE_LEVELS + max(LEVEL_ROOM, MAX_BLOCK * 4 * MAX_LEVELS)
+_COPIED = ("exchange_ms", "first_id", "update_id", "check", "n_bid", "n_ask")
+_WITH_LEVELS = (What.BOOK, What.CHANGE, What.SNAPSHOT)
+_FAR = 2**61
+# Chosen by size and by time to read, see docs/decoded-store.md.
+_ROW_ENCODINGS = {
+    **dict.fromkeys(("seq", "mono_ns", "exchange_ms", "first_id", "update_id"), "DELTA_BINARY_PACKED"),
+    "check": "PLAIN",
+    "payload": "DELTA_LENGTH_BYTE_ARRAY",
+}
+_ROW_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "use_dictionary": [name for name in ROWS.names if name not in _ROW_ENCODINGS],
+    "column_encoding": _ROW_ENCODINGS,
+    "write_statistics": False,
+}
+_LEVEL_OPTIONS: dict[str, Any] = {
+    "compression": "lz4",
+    "use_dictionary": False,
+    "column_encoding": {"code": "BYTE_STREAM_SPLIT", "qty": "BYTE_STREAM_SPLIT"},
+    "write_statistics": False,
+}
+
+
+class _Reader:
+    """Decodes blocks as a run of all instruments of a tape would, and says what a run without them would make of each row."""
+
+    def __init__(self, instruments: Mapping[str, Sequence[str]]) -> None:
+        universe = Universe.of(instruments, ())
+        if len(universe.instruments) > MAX_BOOKS:
+            raise StorageError(f"{len(universe.instruments):,} instruments are more than a decoded store has room for.")
+        self._everyone, self._nobody = Decoder(universe), Decoder(Universe.of({}, ()))
+        self.books = universe.instruments
+        self.updates, self._others = UpdateBlock(), UpdateBlock()
+        self._parts: dict[tuple[int, int], dict[ExchangeId, Provider]] = {}
+
+    def decode(self, block: FrameBlock) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Fill ``updates``; returns by row the book that it concerns (-1: none), and the reason where that is not in the run.
+
+        Raises StorageError for a row that depends on its instrument in a way that a store cannot say.
+        """
+        u, other, n = self.updates, self._others, len(block)
+        u.cursor[0] = other.cursor[0] = HOME_LEVELS
+        self._everyone.decode(block, u)
+        self._nobody.decode(block, other)
+        book, otherwise = u.book[:n].copy(), other.reason[:n].copy()
+        same = (u.what[:n] == other.what[:n]) & (u.reason[:n] == otherwise)
+        for row in np.flatnonzero(~same & (book < 0)).tolist():
+            book[row] = self._instrument_of(block.slice(row, row + 1), int(u.what[row]), int(u.reason[row]))
+        if np.any((other.what[:n] != What.NOTHING) & (other.what[:n] != u.what[:n])):
+            raise StorageError(
+                "a message of this tape means another thing without its instrument; a decoded store cannot say that."
+            )
+        return book, otherwise
+
+    def _instrument_of(self, row: FrameBlock, what: int, reason: int) -> int:
+        """The instrument without which the row would be read as another one: it is in the half that reads it alike."""
+        low, high = 0, len(self.books)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._reads_as(row, (low, middle), what, reason):
+                high = middle
+            else:
+                low = middle
+        return low
+
+    def _reads_as(self, row: FrameBlock, part: tuple[int, int], what: int, reason: int) -> bool:
+        if part not in self._parts:
+            numbered = list(enumerate(self.books))[slice(*part)]
+            self._parts[part] = {
+                venue: PROVIDERS[venue]({book.name: k for k, book in numbered if book.venue == venue}) for venue in ExchangeId
+            }
+        u = self._others
+        u.cursor[0] = HOME_LEVELS
+        self._parts[part][ExchangeId(VENUES[row.venue[0]])].decode(row, u)
+        return (int(u.what[0]), int(u.reason[0])) == (what, reason)
+
+
+class _Levels:
+    """The levels of a slice in the order of its rows, and which book each belongs to."""
+
+    def __init__(self, books: int) -> None:
+        self.px, self.qty = np.empty(_LEVEL_ROOM, np.int64), np.empty(_LEVEL_ROOM, np.int64)
+        self.book = np.empty(_LEVEL_ROOM, np.int16)
+        self.n = 0
+        sides = 2 * books
+        self._windows = (*(np.zeros(sides * MAX_LEVELS, np.int64) for _ in range(2)), np.zeros(sides, np.int64))
+
+    def add(self, u: UpdateBlock, n: int, book: NDArray[np.int32]) -> NDArray[np.int16]:
+        """Keep the levels of ``n`` rows; returns how many of each row and side."""
+        counts = np.zeros((n, 2), np.int16)
+        stop = int(shrink(u.records, n, self._windows, counts, self.px, self.qty, self.n))
+        self.book[self.n : stop] = np.repeat(book, counts.sum(axis=1))
+        self.n = stop
+        return counts
+
+    def start_anew(self) -> None:
+        self.n = 0
+        self._windows[-1][:] = 0
+
+    def groups(self) -> list[tuple[Part, pa.Table]]:
+        """Book by book, in the order of the rows."""
+        order = np.argsort(self.book[: self.n], kind="stable")
+        numbers, starts = np.unique(self.book[: self.n][order], return_index=True)
+        return [
+            _packed(int(book), self.px[rows], self.qty[rows])
+            for book, rows in zip(numbers, np.split(order, starts[1:]), strict=True)
+        ]
+
+
+def _packed(book: int, px: NDArray[np.int64], qty: NDArray[np.int64]) -> tuple[Part, pa.Table]:
+    """Levels in codes and lots, see ``store_kernels``."""
+    is_new = px >= 0
+    unit = max(int(np.gcd.reduce(px[is_new])), 1) if px.max() < _FAR else 0
+    lot = max(int(np.gcd.reduce(qty)), 1)
+    code = -1 - px
+    if unit:
+        steps = np.diff(px[is_new], prepend=0) // unit
+        code[is_new] = ((steps << 1) ^ (steps >> 63)) + PLACES
+    part = Part(book=book, levels=len(px), unit=unit, lot=lot)
+    return part, pa.Table.from_arrays([_column(code), _column(qty // lot)], schema=LEVELS)
+
+
+def _column(values: NDArray[Any]) -> pa.Array:
+    values = np.ascontiguousarray(values)
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)], null_count=0)
+
+
+class _Writer:
+    """Frames in, slices out."""
+
+    def __init__(self, decoder: _Reader, rows: pq.ParquetWriter, levels: pq.ParquetWriter) -> None:
+        self._decoder = decoder
+        self._files = rows, levels
+        self._levels = _Levels(len(decoder.books))
+        self._batches: list[pa.RecordBatch] = []
+        self._rows = self._payload = self._groups = 0
+        self.slices: list[Slice] = []
+
+    def add(self, block: FrameBlock) -> None:
+        start = 0
+        while start < len(block):
+            # the first slices are short: the loop starts on them while the next one is read
+            most = min(SLICE_ROWS, FIRST_SLICE_ROWS << len(self.slices))
+            stop = min(fitting(block, start), start + most - self._rows)
+            self._add(block.slice(start, stop))
+            start = stop
+            if self._rows == most or self._levels.n >= MAX_SLICE_LEVELS or self._payload >= MAX_SLICE_PAYLOAD:
+                self.end_slice()
+
+    def _add(self, block: FrameBlock) -> None:
+        n, u = len(block), self._decoder.updates
+        book, otherwise = self._decoder.decode(block)
+        what = u.what[:n].copy()
+        counts = self._levels.add(u, n, book)
+        columns = {name: getattr(block, name) for name in ("seq", "mono_ns", "venue", "conn", "kind")}
+        columns |= {"what": what, "reason": u.reason[:n].copy(), "otherwise": otherwise, "book": book.astype(np.int16)}
+        empty = ~np.isin(what, _WITH_LEVELS)
+        for name in _COPIED:  # where a row has no levels nothing reads them, and what stands there is of another block
+            columns[name] = np.where(empty, 0, getattr(u, name)[:n])
+        columns |= {"bid_changes": counts[:, 0], "ask_changes": counts[:, 1]}
+        self._batches.append(pa.RecordBatch.from_arrays([*self._columns(columns), self._payloads(block, what)], schema=ROWS))
+        self._rows += n
+
+    @staticmethod
+    def _columns(values: Mapping[str, NDArray[Any]]) -> list[pa.Array]:
+        return [_column(values[field.name].astype(field.type.to_pandas_dtype())) for field in ROWS if field.name in values]
+
+    def _payloads(self, block: FrameBlock, what: NDArray[np.uint8]) -> pa.Array:
+        read = (block.kind == FrameKind.ALARM) | ((block.kind == FrameKind.RESPONSE) & (what != What.SNAPSHOT))
+        payloads = [b""] * len(block)
+        for row in np.flatnonzero(read).tolist():
+            payloads[row] = block.payload(row)
+            self._payload += len(payloads[row])
+        return pa.array(payloads, pa.binary())
+
+    def end_slice(self) -> None:
+        """Write what has gathered."""
+        if not self._rows:
+            return
+        rows, levels = self._files
+        table = pa.Table.from_batches(self._batches, schema=ROWS).combine_chunks()
+        rows.write_table(table, row_group_size=SLICE_ROWS)
+        groups = self._levels.groups()
+        for _, group in groups:
+            levels.write_table(group, row_group_size=len(group))
+        mono_ns, venue = (numbers(table, name) for name in ("mono_ns", "venue"))
+        self.slices.append(
+            Slice(
+                rows=len(table),
+                first_mono_ns=int(mono_ns.min()),
+                last_mono_ns=int(mono_ns.max()),
+                venues=np.unique(venue).tolist(),
+                has_payload=self._payload > 0,
+                first_group=self._groups,
+                parts=[part for part, _ in groups],
+            )
+        )
+        self._groups += len(groups)
+        self._batches, self._rows, self._payload = [], 0, 0
+        self._levels.start_anew()
+
+
+def build(files: Files, instruments: Mapping[str, Sequence[str]], blocks: Iterable[FrameBlock], segment: Kept) -> Index:
+    """Make the store of one segment from its frames, replacing what is there. Raises StorageError, and TapeError of ``blocks``.
+
+    ``segment`` is the raw file that ``blocks`` are read from.
+    """
+    folder = files.folder
+    try:
+        if folder.is_symlink():
+            raise StorageError(f"{folder} leads elsewhere; a decoded store is made beside its tape only.")
+        folder.mkdir(exist_ok=True)
+        files.index.unlink(missing_ok=True)
+        parts = {path: aside(path) for path in (files.rows, files.levels)}
+        try:
+            with ExitStack() as stack:
+                rows = stack.enter_context(pq.ParquetWriter(parts[files.rows], ROWS, **_ROW_OPTIONS))
+                levels = stack.enter_context(pq.ParquetWriter(parts[files.levels], LEVELS, **_LEVEL_OPTIONS))
+                writer = _Writer(_Reader(instruments), rows, levels)
+                with np.errstate(over="ignore"):  # checksums wrap on purpose, which NumPy reports without the compiler
+                    for block in blocks:
+                        writer.add(block)
+                    writer.end_slice()
+            kept = {path: _finish(part, path) for path, part in parts.items()}
+        finally:
+            for part in parts.values():
+                part.unlink(missing_ok=True)
+        index = Index(
+            decoder=decoder_version(),
+            instruments=instrument_names(instruments),
+            segment=segment,
+            rows=kept[files.rows],
+            levels=kept[files.levels],
+            slices=writer.slices,
+        )
+        save_index(files, index)
+    except OSError as error:
+        raise StorageError(f"the decoded store cannot be written to {folder}: {error.strerror or error}.") from error
+    return index
+
+
+def _finish(part: Path, path: Path) -> Kept:
+    with part.open("rb") as file:
+        os.fsync(file.fileno())  # its stamp is believed later, so its bytes must be there after a power cut
+    digest = sha256_of(part)
+    part.replace(path)
+    return Kept(sha256=digest, stamp=Stamp.of(path))
