@@ -5,8 +5,11 @@ Hence 1x, 10x and max give the same run: what the engine sees does not depend on
 
 from __future__ import annotations
 
+import gc
 import re
+import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +18,11 @@ import numpy as np
 from arbl2.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from arbl2.frames import FrameBlock
+    from numpy.typing import NDArray
 
+_TURN_S = 0.0002
 _BUCKET_NS = 10_000
 _BUCKETS = 100_000  # 1 s of lateness; more lands in the last bucket, the maximum is kept apart
 
@@ -43,6 +47,24 @@ class Speed:
         return f"{self.factor:g}x" if self.factor else "max"
 
 
+@contextmanager
+def punctual() -> Iterator[None]:
+    """Keep away what makes a thread late while frames are paced: other threads' turns of 5 ms, and full garbage collections.
+
+    The thread that reads ahead and the one that draws the view then let go of the interpreter within a fraction of a millisecond;
+    what is alive already is not searched for garbage again and again.
+    """
+    turn_s = sys.getswitchinterval()
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(_TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(turn_s)
+        gc.unfreeze()
+
+
 @dataclass(frozen=True, slots=True)
 class Lateness:
     """How late frames were handed on, in ms: median, 99th percentile, maximum, over ``frames``."""
@@ -54,39 +76,65 @@ class Lateness:
 
 
 class Pacer:
-    """Cuts blocks into the pieces that are due and sleeps in between, so that bursts keep their shape."""
+    """The time of the tape as it passes, and waiting for frames to be due, so that bursts keep their shape.
 
-    def __init__(self, speed: Speed) -> None:
-        self._factor = speed.factor
-        self._start_ns = 0
-        self._first_ns = 0
+    ``wait`` is given seconds, at most the time to the next frame; what it returns says whether it was cut short.
+    """
+
+    def __init__(self, speed: Speed, wait: Callable[[float], object] = time.sleep) -> None:
+        self._speed = speed
+        self._wait = wait
+        self._at_ns: int | None = None
+        self._since_ns: int | None = None
         self._histogram = np.zeros(_BUCKETS, np.int64)
         self._worst_ns = 0
+        self.late_ms = 0.0
+        """How late the last frames were."""
 
-    def pieces(self, block: FrameBlock) -> Iterator[FrameBlock]:
-        """The block in pieces, each yielded when its first frame is due."""
-        if not self._factor or len(block) == 0:
-            yield block
-            return
-        if self._start_ns == 0:
-            self._start_ns = time.monotonic_ns()
-            self._first_ns = int(block.time_ns[0])
-        due_ns = self._start_ns + ((block.time_ns - self._first_ns) / self._factor).astype(np.int64)
-        i = 0
-        while i < len(block):
-            self._sleep_until(int(due_ns[i]))
-            now = time.monotonic_ns()
-            stop = max(i + 1, int(np.searchsorted(due_ns, now, side="right")))
-            late = np.maximum(now - due_ns[i:stop], 0)
-            np.add.at(self._histogram, np.minimum(late // _BUCKET_NS, _BUCKETS - 1), 1)
-            self._worst_ns = max(self._worst_ns, int(late.max()))
-            yield block.slice(i, stop)
-            i = stop
+    @property
+    def speed(self) -> Speed:
+        """How much faster than recorded."""
+        return self._speed
 
-    @staticmethod
-    def _sleep_until(due_ns: int) -> None:
-        while (left := due_ns - time.monotonic_ns()) > 0:
-            time.sleep(left / 1e9)
+    @speed.setter
+    def speed(self, speed: Speed) -> None:
+        self.hold()
+        self._speed = speed
+
+    def hold(self) -> None:
+        """Stand still until frames are asked for again. Nobody is late meanwhile."""
+        if self._at_ns is not None and self._since_ns is not None:
+            self._at_ns += round((time.monotonic_ns() - self._since_ns) * self._speed.factor)
+        self._since_ns = None
+
+    def jump(self, time_ns: int) -> None:
+        """Be at this time of the tape, standing still."""
+        self._at_ns, self._since_ns = time_ns, None
+
+    def due(self, time_ns: NDArray[np.int64]) -> int:
+        """Wait until the first of these frames is due; returns how many are by then, 0 if the waiting was cut short.
+
+        ``time_ns``: int64[n], n > 0, engine times of the frames that come next.
+        """
+        factor = self._speed.factor
+        if not factor:
+            self._at_ns = None
+            return len(time_ns)
+        at_ns = self._at_ns = int(time_ns[0]) if self._at_ns is None else self._at_ns
+        since_ns = self._since_ns = time.monotonic_ns() if self._since_ns is None else self._since_ns
+        first_ns = since_ns + int((int(time_ns[0]) - at_ns) / factor)
+        while (left_ns := first_ns - time.monotonic_ns()) > 0:
+            if self._wait(left_ns / 1e9):
+                return 0
+        now_ns = time.monotonic_ns()
+        count = max(1, int(np.searchsorted(time_ns, at_ns + int((now_ns - since_ns) * factor), side="right")))
+        due_ns = since_ns + ((time_ns[:count] - at_ns) / factor).astype(np.int64)
+        late_ns = np.maximum(now_ns - due_ns, 0)
+        np.add.at(self._histogram, np.minimum(late_ns // _BUCKET_NS, _BUCKETS - 1), 1)
+        worst_ns = int(late_ns.max())
+        self._worst_ns = max(self._worst_ns, worst_ns)
+        self.late_ms = worst_ns / 1e6
+        return count
 
     def lateness(self) -> Lateness | None:
         """What was measured; None when running at max."""

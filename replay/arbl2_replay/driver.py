@@ -1,40 +1,43 @@
-"""The driver: tape, pacer, engine and sink joined; the only loop that replays.
+"""The driver: tape, pacer, engine and sink joined, and taken along a ``Course``, the only loop that replays.
 
-Reading and unpacking the next row group happens in one other thread while the engine works on this one; at most two are in
-memory, whatever the length of the tape.
+Reading and unpacking the next block happens in one other thread while the engine works on this one (``reading``); at most two
+are in memory, whatever the length of the tape.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 
 from arbl2.config import RunConfig
-from arbl2.engine import Engine, warm_up
-from arbl2.errors import ConfigError, TapeError
-from arbl2.frames import FrameKind
-from arbl2.tape import RECORDING, TapeReader
-from arbl2_replay.clock import Lateness, Pacer, Speed
+from arbl2.engine import Engine
+from arbl2.errors import ConfigError
+from arbl2_replay.checkpoint import Keeper, load
+from arbl2_replay.clock import Lateness, Pacer, Speed, punctual
+from arbl2_replay.course import Course
 from arbl2_replay.kpi import Kpi
-from arbl2_replay.sinks import DECISIONS, FILLS, OUTCOME_SOURCE, RunSink
+from arbl2_replay.moments import Moment
+from arbl2_replay.reading import open_reading, tape_summary
+from arbl2_replay.sinks import DECISIONS, FILLS, OUTCOME_SOURCE, EarlierRows, EventLog, RunSink
+from arbl2_replay.warm import warm_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
     import polars as pl
 
-    from arbl2.frames import FrameBlock
     from arbl2.policy import Policy
-    from arbl2.tape import Manifest
+    from arbl2_replay.reading import Reading
+    from arbl2_replay.steering import Steering
+
+_PROGRESS_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,10 @@ class RunResult:
     alarms: dict[str, int]
     lateness: Lateness | None
     run_dir: Path | None
+    checkpoint: Path | None = None
+    """Where the run was kept in the middle instead; then ``digest`` and ``kpi`` are those so far, with orders still open."""
+    reading: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What was read: segments from raw bytes and from decoded stores, row groups read and left out."""
 
     def decisions(self) -> pl.DataFrame:
         """The decisions that were kept (``out=``), one row each. Raises ConfigError if none were."""
@@ -72,12 +79,13 @@ class RunResult:
         """Plain JSON values."""
         values = _fields(self)
         values["run_dir"] = str(self.run_dir) if self.run_dir else None
+        values["checkpoint"] = str(self.checkpoint) if self.checkpoint else None
         values["lateness"] = dataclasses.asdict(self.lateness) if self.lateness else None
         return values
 
 
 def replay(
-    tape: Path | str,
+    tape: Path | str | Sequence[Path | str],
     config: RunConfig | None = None,
     *,
     out: Path | None = None,
@@ -87,120 +95,134 @@ def replay(
     scanner: bool = True,
     check_hashes: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
+    until: Moment | str | None = None,
+    steering: Steering | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: str | None = None,
+    resume: Path | None = None,
+    start: Moment | str | int | None = None,
+    stop: Moment | str | int | None = None,
+    venues: Sequence[str] = (),
+    decoded: bool | None = None,
 ) -> RunResult:
-    """Replay one session folder, here or at a URL, and return its figures; with ``out``, keep them in ``out/<session>-<digest>``.
+    """Replay one or several session folders, here or at URLs; with ``out``, keep the figures in ``out/<session>-<digest>``.
 
-    ``block_rows`` caps the frames fed at once (a row group by default); it changes nothing but speed, like ``speed`` and
-    ``scanner``. Raises TapeError, ConfigError, StorageError.
+    From ``start`` to before ``stop`` (engine time, ns or ``Moment.parse``), with empty books at the start; of ``venues`` only, if
+    any are named. ``decoded``: None uses decoded stores where they are, True makes them first, False reads raw bytes; the run is
+    the same.
+
+    ``block_rows`` caps the frames fed at once (a row group by default); it changes nothing but speed, like ``speed``,
+    ``scanner`` and ``steering``. ``until`` ends the run there (``Moment.parse``). With the folder ``checkpoint`` a run that ends
+    before its tape is kept there in the middle, to be taken up by ``resume``; every ``checkpoint_every`` of tape time (``10m``)
+    it is kept while it goes on, in case it is killed. Raises TapeError, ConfigError, StorageError.
     """
-    config = config or RunConfig()
-    pacer = Pacer(Speed.parse(speed) if isinstance(speed, str) else speed)
-    reader = TapeReader(tape)
-    if reader.manifest.state == RECORDING:
-        mend = "ship it again" if reader.place.local is None else f"run `arbl2 recover {reader.place.local.parent}`"
-        raise TapeError(f"{reader.place} is being recorded, or its recorder was killed. Stop it, or {mend}.")
-    if check_hashes:
-        reader.verify_hashes()
-    blocks = read_ahead(reader)
-    first_block = next(blocks, None)
-    if first_block is None:
-        raise TapeError(f"{tape} holds no frames. Was the recorder stopped before anything arrived?")
-    engine = Engine(reader.manifest.instruments, config, policy=policy, scanner=scanner)
-    kpi = Kpi(engine)
-    sink = RunSink(out, engine.universe.symbols) if out is not None else None
-    total = reader.manifest.rows
-    warm_up()
-    started = time.perf_counter()
-    first_ns = last_ns = int(first_block.time_ns[0])
-    alarms: Counter[str] = Counter()
-    try:
-        for block in _chain(first_block, blocks):
-            for piece in pacer.pieces(block):
-                step = block_rows or len(piece)
-                for start in range(0, len(piece), step):
-                    engine.feed(piece.slice(start, min(start + step, len(piece))))
-                if on_progress is not None:
-                    on_progress(engine.frames, total)
-            alarms.update(_alarms(block))
-            last_ns = max(last_ns, int(block.time_ns[-1]))
-            _drain(engine, kpi, sink)
-        engine.finish()
-        _drain(engine, kpi, sink)
+    with closing(steering) if steering is not None else nullcontext(), ExitStack() as stack:
+        pacer = Pacer(Speed.parse(speed) if isinstance(speed, str) else speed, time.sleep if steering is None else steering.wait)
+        if checkpoint_every is not None and checkpoint is None:
+            raise ConfigError("--checkpoint-every needs a folder to keep checkpoints in: --checkpoint FOLDER.")
+        every_ns = _span_ns(checkpoint_every) if checkpoint_every is not None else 0
+        reading = open_reading(
+            [tape] if isinstance(tape, str | Path) else tape,
+            start=start,
+            stop=stop,
+            venues=venues,
+            decoded=decoded if scanner else False,
+            check_hashes=check_hashes,
+        )
+        identity = reading.identity
+        earlier = load(resume, identity) if resume is not None else None
+        config = config or RunConfig()
+        engine = Engine(reading.instruments, config, policy=policy, scanner=scanner)
+        kpi = Kpi(engine)
+        # Who is paced or steered takes a few frames at a time, and is early anyway.
+        flat_out = not pacer.speed.factor and steering is None and scanner and block_rows is None
+        source = partial(reading.batches, engine.universe, decoded_ahead=flat_out)
+        course = Course(source, engine, kpi, pacer, steering, total=reading.total)
+        stack.callback(course.close)
+        course.block_rows = block_rows or 0
+        course.open(Moment.parse(until) if isinstance(until, str) else until, earlier)
+        keeper = Keeper(checkpoint, identity, every_ns, course, resume) if checkpoint is not None else None
+        rows = EarlierRows(resume, earlier.meta["events"]) if resume is not None and earlier is not None else None
+        sink = None
+        if out is not None:
+            sink = RunSink(out, engine.universe.symbols, checkpoint, rows)
+            stack.callback(sink.discard)
+            course.log = sink.log
+        elif checkpoint is not None:
+            course.log = EventLog(checkpoint, rows)
+            stack.callback(course.log.close)
+        if keeper is not None:
+            stack.callback(keeper.tidy)
+            course.watchers.append(keeper.look)
+        if on_progress is not None:
+            course.watchers.append(_Progress(on_progress, course).look)
+        warm_up()
+        started = time.perf_counter()
+        with nullcontext() if steering is None and not pacer.speed.factor else punctual():
+            in_the_middle = not course.run() and keeper is not None
+        if not in_the_middle:
+            engine.finish()
+            course.drain()
         result = RunResult(
-            session=reader.manifest.session,
+            session=reading.name,
             digest=engine.digest(),
             frames=engine.frames,
             elapsed_s=time.perf_counter() - started,
-            tape_s=(last_ns - first_ns) / 1e9,
+            tape_s=course.tape_s,
             kpi=kpi.result(),
             reasons=engine.reasons(),
             books=engine.books(),
-            alarms=dict(sorted(alarms.items())),
+            alarms=dict(sorted(course.alarms.items())),
             lateness=pacer.lateness(),
             run_dir=None,
+            checkpoint=checkpoint if in_the_middle else None,
+            reading=reading.counts.to_json(),
         )
-        if sink is None:
+        if keeper is not None and in_the_middle:
+            keeper.keep()
             return result
-        run_dir = sink.commit(f"{result.session}-{result.digest[:8]}", _summary(reader.manifest, config, engine, result))
-    except BaseException:
-        blocks.close()
+        run_dir = None
         if sink is not None:
-            sink.discard()
-        raise
+            run_dir = sink.commit(f"{result.session}-{result.digest[:8]}", _summary(reading, config, engine, result))
+        if keeper is not None:
+            keeper.forget()
     return RunResult(**{**_fields(result), "run_dir": run_dir})
+
+
+def _span_ns(text: str) -> int:
+    try:
+        return Moment.parse(f"+{text.strip()}").value
+    except ConfigError:
+        raise ConfigError(f"--checkpoint-every {text!r} is no length of time. Write 10m, 90s or 1h30m.") from None
 
 
 def _fields(result: RunResult) -> dict[str, Any]:
     return {name: getattr(result, name) for name in result.__slots__}
 
 
-def _drain(engine: Engine, kpi: Kpi, sink: RunSink | None) -> None:
-    events = engine.drain()
-    kpi.add(events)
-    if sink is not None:
-        sink.write(events)
+class _Progress:
+    """Tells how far a run is, but not so often that it holds it up."""
+
+    def __init__(self, tell: Callable[[int, int], None], course: Course) -> None:
+        self._tell = tell
+        self._course = course
+        self._told_s = 0.0
+
+    def look(self) -> None:
+        now_s = time.perf_counter()
+        done, total = self._course.place.frames, self._course.total
+        if now_s - self._told_s >= _PROGRESS_S or done == total:
+            self._told_s = now_s
+            self._tell(done, total)
 
 
-def _chain(first: FrameBlock, rest: Iterator[FrameBlock]) -> Iterator[FrameBlock]:
-    yield first
-    yield from rest
-
-
-def read_ahead(reader: TapeReader) -> Generator[FrameBlock]:
-    """The reader's blocks, with the next one read and unpacked while the caller works on the current one."""
-    blocks = reader.blocks()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="arbl2-read") as pool:
-        waiting = pool.submit(next, blocks, None)
-        while (block := waiting.result()) is not None:
-            waiting = pool.submit(next, blocks, None)
-            yield block
-
-
-class _Alarm(msgspec.Struct):
-    alarm: str = "unnamed"
-
-
-def _alarms(block: FrameBlock) -> list[str]:
-    """Names of the alarms that the recorder left in a block."""
-    names = []
-    for i in np.flatnonzero(block.kind == FrameKind.ALARM).tolist():
-        try:
-            names.append(msgspec.json.decode(block.payload(i), type=_Alarm).alarm[:40])
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            names.append("not of arbl2's making")
-    return names
-
-
-def tape_sha256(manifest: Manifest) -> str:
-    """One hash over the segment hashes of a tape."""
-    return hashlib.sha256("".join(segment.sha256 for segment in manifest.segments).encode()).hexdigest()
-
-
-def _summary(manifest: Manifest, config: RunConfig, engine: Engine, result: RunResult) -> dict[str, Any]:
+def _summary(reading: Reading, config: RunConfig, engine: Engine, result: RunResult) -> dict[str, Any]:
     pairs = engine.state.pairs
+    part = reading.part
     return {
         "run": {"frames": result.frames, "tape_s": result.tape_s, "symbols": list(engine.universe.symbols)},
-        "tape": {"session": manifest.session, "sha256": tape_sha256(manifest), "state": manifest.state},
+        "tape": tape_summary(reading),
+        "part": {"start_ns": part.start_ns, "stop_ns": part.stop_ns, "venues": list(part.venues)},
         "digest": result.digest,
         "outcome_source": OUTCOME_SOURCE,
         "config": msgspec.to_builtins(config),

@@ -16,13 +16,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from arbl2.events import FillStatus, Intent, Outcome, Side
+import numpy as np
+
+from arbl2.events import FillStatus, Intent, Outcome
 from arbl2.frames import BINANCE, UPBIT, VENUES
 from arbl2.ledger import QUOTE
 from arbl2.money import E8, format_e8
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
     from arbl2.engine import Engine, Events
 
@@ -46,36 +50,40 @@ class _Legs:
     resolved: int = 0
     unpriced: int = 0
 
-    def add(self, fill: Any, fee_ppm: int) -> None:
-        buys = int(fill["side"]) == Side.BUY
-        filled, quote, fee = int(fill["filled_e8"]), int(fill["quote_e8"]), int(fill["fee_e8"])
-        mid_twice = int(fill["bid_px_e8"]) + int(fill["ask_px_e8"])
-        status = int(fill["status"])
-        self.status[status] = self.status.get(status, 0) + 1
-        self.size += int(fill["size_e8"])
-        self.filled += filled
-        self.cash += -quote if buys else quote
-        self.coin += filled if buys else -filled
-        if fill["fee_in_base"]:
-            self.fee_coin += fee
-        else:
-            self.fee_cash += fee
-        if not fill["bid_px_e8"] or not fill["ask_px_e8"]:
-            self.unpriced += 1  # without both sides there is no mid to measure from
-            return
+    def add(self, fills: NDArray[Any], fee_ppm: int) -> None:
+        """Add fill rows. Sums and products are Python integers, which hold any amount."""
+        for status, count in zip(*(values.tolist() for values in np.unique(fills["status"], return_counts=True)), strict=True):
+            self.status[status] = self.status.get(status, 0) + count
+        sign, size, filled, quote, fee, bid, ask = (
+            fills[name].astype(object)
+            for name in ("side", "size_e8", "filled_e8", "quote_e8", "fee_e8", "bid_px_e8", "ask_px_e8")
+        )  # side: 1 buys, -1 sells
+        in_base = fills["fee_in_base"] == 1
+        self.size += size.sum()
+        self.filled += filled.sum()
+        self.cash -= (sign * quote).sum()
+        self.coin += (sign * filled).sum()
+        self.fee_coin += fee[in_base].sum()
+        self.fee_cash += fee[~in_base].sum()
+        # without both sides there is no mid to measure from
+        priced = (fills["bid_px_e8"] != 0) & (fills["ask_px_e8"] != 0)
+        self.unpriced += int((~priced).sum())
+        mid_twice = bid + ask
         at_mid = filled * mid_twice // (2 * E8)
-        self.notional_at_mid += at_mid
-        self.slippage += quote - at_mid if buys else at_mid - quote
-        if fill["resolved"]:
-            self.resolved += 1
-            extra = int(fill["after_filled_e8"]) - filled
-            paid = int(fill["after_quote_e8"]) - quote
-            gain = extra * mid_twice // (2 * E8) - paid
-            change = (gain if buys else -gain) - paid * fee_ppm // 1_000_000
-            self.worse += min(change, 0)
-            self.better += max(change, 0)
-            span = int(fill["after_ns"]) - int(fill["before_ns"])
-            self.likely += change * (int(fill["arrive_ns"]) - int(fill["before_ns"])) // span
+        self.notional_at_mid += at_mid[priced].sum()
+        self.slippage += (sign * (quote - at_mid))[priced].sum()
+        known = priced & (fills["resolved"] == 1)
+        self.resolved += int(known.sum())
+        if not known.any():
+            return
+        extra = fills["after_filled_e8"].astype(object) - filled
+        paid = (fills["after_quote_e8"].astype(object) - quote)[known]
+        gain = (extra * mid_twice // (2 * E8))[known] - paid
+        change = sign[known] * gain - paid * fee_ppm // 1_000_000
+        self.worse += np.minimum(change, 0).sum()
+        self.better += np.maximum(change, 0).sum()
+        passed, span = ((fills[name] - fills["before_ns"])[known].astype(object) for name in ("arrive_ns", "after_ns"))
+        self.likely += (change * passed // span).sum()
 
     def count(self, status: FillStatus) -> int:
         return self.status.get(int(status), 0)
@@ -96,17 +104,35 @@ class Kpi:
 
     def add(self, events: Events) -> None:
         """Add drained events."""
-        for decision in events.decisions:
-            row = self._decisions[decision["symbol"]]
-            if int(decision["outcome"]) != Outcome.ACCEPTED:
-                row["refused"] += 1
-                continue
-            row["accepted"] += 1
-            row["entries" if int(decision["intent"]) == Intent.ENTRY else "exits"] += 1
-            row["episodes"] += int(decision["first_in_episode"])
-        for fill in events.fills:
-            venue = int(fill["venue"])
-            self._legs[int(fill["symbol"]), venue].add(fill, int(self._engine.state.config[0]["fee_ppm"][venue]))
+        decisions, fills = events.decisions, events.fills
+        for k in np.unique(decisions["symbol"]).tolist():
+            rows = decisions[decisions["symbol"] == k]
+            accepted = rows[rows["outcome"] == Outcome.ACCEPTED]
+            entries = int((accepted["intent"] == Intent.ENTRY).sum())
+            row = self._decisions[k]
+            row["refused"] += len(rows) - len(accepted)
+            row["accepted"] += len(accepted)
+            row["entries"] += entries
+            row["exits"] += len(accepted) - entries
+            row["episodes"] += int(accepted["first_in_episode"].sum())
+        for (k, venue), legs in self._legs.items():
+            rows = fills[(fills["symbol"] == k) & (fills["venue"] == venue)] if len(fills) else fills
+            if len(rows):
+                legs.add(rows, int(self._engine.state.config[0]["fee_ppm"][venue]))
+
+    def pack(self) -> dict[str, Any]:
+        """The sums so far, plain JSON values."""
+        legs = [
+            {**{name: getattr(leg, name) for name in leg.__slots__}, "status": sorted(leg.status.items())}
+            for leg in self._legs.values()
+        ]
+        return {"legs": legs, "decisions": self._decisions}
+
+    def unpack(self, packed: dict[str, Any]) -> None:
+        """Go on from there. Raises ValueError, KeyError or TypeError for anything else than what ``pack`` gave."""
+        legs = [_Legs(**{**leg, "status": dict(leg["status"])}) for leg in packed["legs"]]
+        self._legs = dict(zip(self._legs, legs, strict=True))
+        self._decisions = [dict(row) for _, row in zip(self._decisions, packed["decisions"], strict=True)]
 
     def result(self) -> dict[str, Any]:
         """Everything as plain JSON values; amounts as decimal text in the currency named."""

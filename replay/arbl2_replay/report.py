@@ -20,7 +20,12 @@ _LABELS = {reason.label: reason for reason in Reason}
 
 def run_report(result: RunResult) -> RenderableType:
     """Everything a replay found, ready to print."""
-    parts: list[RenderableType] = [_headline(result)]
+    return Group(_headline(result), *run_figures(result))
+
+
+def run_figures(result: RunResult) -> list[RenderableType]:
+    """What is to be said of a run, whether it was replayed or live."""
+    parts: list[RenderableType] = []
     if result.kpi["symbols"] and result.kpi["decisions"]:
         parts += [_trades(result.kpi), _money(result.kpi), _notes(result.kpi)]
     elif result.kpi["symbols"]:
@@ -42,9 +47,11 @@ def run_report(result: RunResult) -> RenderableType:
             )
         )
     parts.append(Text(f"digest  {result.digest}"))
+    if result.checkpoint is not None:
+        parts.append(Text(f"kept in the middle: go on with --resume {result.checkpoint}", style="yellow"))
     if result.run_dir is not None:
         parts.append(Text(f"run     {result.run_dir}"))
-    return Group(*parts)
+    return parts
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from arbl2.errors import StorageError
+from arbl2.errors import StorageError, TapeError
 from arbl2.events import DECISION_DTYPE, FILL_DTYPE, Direction, FillStatus, Intent, Outcome, Side
 from arbl2.frames import VENUES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from enum import IntEnum
 
     from numpy.typing import NDArray
@@ -30,6 +34,10 @@ DECISIONS = "decisions.parquet"
 EVENTS_VERSION = "1"
 OUTCOME_SOURCE = "book"
 """Outcomes were read from the recorded book at arrival, never from a fill model."""
+
+_DTYPES = {"decisions": DECISION_DTYPE, "fills": FILL_DTYPE}
+_GROUP_ROWS = 2**16
+_CHUNK_BYTES = 2**20
 
 _ENUMS: dict[str, type[IntEnum]] = {
     "side": Side,
@@ -75,40 +83,173 @@ def event_table(rows: NDArray[Any], schema: pa.Schema, symbols: Sequence[str]) -
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-class RunSink:
-    """Collects a run in a folder aside and moves it into place when it is complete."""
+@dataclass(frozen=True, slots=True)
+class EarlierRows:
+    """Where the rows of a checkpoint are, and what ``EventLog.pack`` said of them."""
 
-    def __init__(self, root: Path, symbols: Sequence[str]) -> None:
-        self._root = root
-        self._symbols = symbols
+    folder: Path
+    packed: Mapping[str, Mapping[str, Any]]
+
+
+class EventLog:
+    """The event rows of a run in two plain files, ``decisions.rows`` and ``fills.rows``, in the order written.
+
+    After ``go_back`` the rows that are in the files already are made once more, and not written again.
+    """
+
+    def __init__(self, folder: Path, earlier: EarlierRows | None = None) -> None:
+        """Raises StorageError, and TapeError if earlier rows are not what they were."""
+        self._paths = {table: folder / f"{table}.rows" for table in _DTYPES}
+        self._files: dict[str, BinaryIO] = {}
+        self._hashes = {table: _Hashed() for table in _DTYPES}
+        self.rows = dict.fromkeys(_DTYPES, 0)
+        """Rows of the run so far, by table."""
+        asides = {table: path.with_name(path.name + ".part") for table, path in self._paths.items()}
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            self._aside = Path(tempfile.mkdtemp(prefix=".part-", dir=root))
-            self._schemas = {
-                DECISIONS: event_schema(DECISION_DTYPE, "decisions"),
-                FILLS: event_schema(FILL_DTYPE, "fills"),
-            }
-            self._writers = {
-                name: pq.ParquetWriter(self._aside / name, schema, compression="zstd") for name, schema in self._schemas.items()
-            }
-        except OSError as error:
-            raise StorageError(f"cannot write to {root}: {error.strerror or error}. Choose another folder with --out.") from error
+            for table, aside in asides.items():
+                self._files[table] = aside.open("w+b")
+            if earlier is not None:
+                self._take_over(earlier.folder, earlier.packed)
+            for table, aside in asides.items():
+                aside.replace(self._paths[table])
+        except BaseException as error:
+            self.close()
+            for aside in asides.values():
+                aside.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise _unwritable(folder, error) from error
+            raise
+        self._written = dict(self.rows)
+
+    def _take_over(self, folder: Path, packed: Mapping[str, Mapping[str, Any]]) -> None:
+        for table, file in self._files.items():
+            path = folder / f"{table}.rows"
+            self.rows[table] = int(packed[table]["rows"])
+            left = self.rows[table] * _DTYPES[table].itemsize
+            try:
+                with path.open("rb") as old:
+                    while left and (chunk := old.read(min(left, _CHUNK_BYTES))):
+                        file.write(chunk)
+                        left -= len(chunk)
+            except FileNotFoundError:
+                raise TapeError(f"the checkpoint lacks {path}. Replay from the beginning.") from None
+        if self.pack() != packed:
+            raise TapeError(f"the event rows in {folder} are not those of its checkpoint. Replay from the beginning.")
 
     def write(self, events: Events) -> None:
         """Append drained events. Raises StorageError."""
-        for name, rows in ((DECISIONS, events.decisions), (FILLS, events.fills)):
-            if len(rows):
-                try:
-                    self._writers[name].write_table(event_table(rows, self._schemas[name], self._symbols))
-                except OSError as error:
-                    raise StorageError(f"cannot write {name}: {error}. Free some space or choose --out.") from error
+        for table, new in (("decisions", events.decisions), ("fills", events.fills)):
+            known = self._written[table] - self.rows[table]
+            self.rows[table] += len(new)
+            if len(new) > known:
+                self._append(table, new[known:].tobytes())
+                self._written[table] = self.rows[table]
+
+    def _append(self, table: str, body: bytes) -> None:
+        file = self._files[table]
+        try:
+            file.seek(0, os.SEEK_END)
+            file.write(body)
+        except OSError as error:
+            raise _unwritable(self._paths[table], error) from error
+
+    def go_back(self, rows: Mapping[str, int]) -> None:
+        """The run goes on from where it had so many rows."""
+        self.rows = dict(rows)
+
+    def pack(self) -> dict[str, dict[str, int | str]]:
+        """Rows and SHA-256 by table, once they are on the disk. Raises StorageError."""
+        packed: dict[str, dict[str, int | str]] = {}
+        for table, file in self._files.items():
+            try:
+                file.flush()
+                os.fsync(file.fileno())
+                found = self._hashes[table].upto(file, self.rows[table] * _DTYPES[table].itemsize)
+            except OSError as error:
+                raise _unwritable(self._paths[table], error) from error
+            packed[table] = {"rows": self.rows[table], "sha256": found}
+        return packed
+
+    def groups(self, table: str) -> Iterator[NDArray[Any]]:
+        """The rows of a table, so many at once that a file made of them does not depend on how they were written."""
+        dtype, file = _DTYPES[table], self._files[table]
+        file.seek(0)
+        for start in range(0, self.rows[table], _GROUP_ROWS):
+            count = min(_GROUP_ROWS, self.rows[table] - start)
+            yield np.frombuffer(file.read(count * dtype.itemsize), dtype)
+
+    def close(self) -> None:
+        """Keep the files; what ``pack`` said of them is on the disk, the rest is of no use to anyone."""
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def remove(self) -> None:
+        """Remove the files."""
+        self.close()
+        for path in self._paths.values():
+            path.unlink(missing_ok=True)
+
+
+class _Hashed:
+    """SHA-256 of the first bytes of a file that grows; what was read already is not read again."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._read = 0
+
+    def upto(self, file: BinaryIO, size: int) -> str:
+        if size < self._read:
+            self._hash, self._read = hashlib.sha256(), 0
+        file.seek(self._read)
+        while self._read < size and (chunk := file.read(min(size - self._read, _CHUNK_BYTES))):
+            self._hash.update(chunk)
+            self._read += len(chunk)
+        return self._hash.hexdigest()
+
+
+def _unwritable(where: Path | str, error: OSError) -> StorageError:
+    return StorageError(f"cannot write {where}: {error.strerror or error}. Free some space or choose another folder.")
+
+
+class RunSink:
+    """Makes a run in a folder aside and moves it into place when it is complete.
+
+    Its event rows wait in ``log``: aside too, or in the folder ``rows_in``, where they stay; those of a checkpoint come first.
+    """
+
+    def __init__(
+        self, root: Path, symbols: Sequence[str], rows_in: Path | None = None, earlier: EarlierRows | None = None
+    ) -> None:
+        self._root = root
+        self._symbols = symbols
+        self._keeps_rows = rows_in is not None
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self._aside = Path(tempfile.mkdtemp(prefix=".part-", dir=root))
+        except OSError as error:
+            raise StorageError(f"cannot write to {root}: {error.strerror or error}. Choose another folder with --out.") from error
+        try:
+            self.log = EventLog(rows_in or self._aside, earlier)
+        except BaseException:
+            shutil.rmtree(self._aside)
+            raise
+
+    def write(self, events: Events) -> None:
+        """As ``EventLog.write``."""
+        self.log.write(events)
 
     def commit(self, name: str, summary: dict[str, Any]) -> Path:
-        """Close the tables, write ``run.json`` and move everything to ``<root>/<name>``, replacing an equal-named run."""
+        """Write the tables and ``run.json`` and move everything to ``<root>/<name>``, replacing an equal-named run."""
         target = self._root / name
         try:
-            for writer in self._writers.values():
-                writer.close()
+            for file, table in ((DECISIONS, "decisions"), (FILLS, "fills")):
+                schema = event_schema(_DTYPES[table], table)
+                with pq.ParquetWriter(self._aside / file, schema, compression="zstd") as writer:
+                    for rows in self.log.groups(table):
+                        writer.write_table(event_table(rows, schema, self._symbols))
+            if not self._keeps_rows:
+                self.log.remove()
             body = msgspec.json.format(msgspec.json.encode(summary, order="deterministic"), indent=2)
             (self._aside / RUN_JSON).write_bytes(body + b"\n")
             self._aside.chmod(0o755)
@@ -121,6 +262,5 @@ class RunSink:
 
     def discard(self) -> None:
         """Remove what was collected."""
-        for writer in self._writers.values():
-            writer.close()
+        self.log.close()
         shutil.rmtree(self._aside, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
 from itertools import pairwise
 
@@ -9,7 +11,7 @@ import pytest
 
 from arbl2.errors import ConfigError
 from arbl2_replay import replay
-from arbl2_replay.clock import Pacer, Speed
+from arbl2_replay.clock import Pacer, Speed, punctual
 from markets import FREE, Market, buy_binance, play, threshold
 
 # ------------------------------------------------------------------------------------------------------------------ speed
@@ -79,33 +81,42 @@ def ticks(*times_ms):
     return market.block()
 
 
+def pieces(pacer, block):
+    """The block in pieces, each when it is due."""
+    at = 0
+    while at < len(block):
+        count = pacer.due(block.time_ns[at:])
+        yield block.slice(at, at + count)
+        at += count
+
+
 def paced(pacer, *blocks):
     """(frames, seconds since the first call) of every piece."""
     started = time.monotonic()
-    return [(len(piece), time.monotonic() - started) for block in blocks for piece in pacer.pieces(block)]
+    return [(len(piece), time.monotonic() - started) for block in blocks for piece in pieces(pacer, block)]
 
 
 def test_as_fast_as_possible_is_one_piece_and_measures_nothing():
     pacer = Pacer(Speed.parse("max"))
     block = ticks(0, 10_000, 20_000)
-    assert [piece is block for piece in pacer.pieces(block)] == [True]
+    assert [len(piece) for piece in pieces(pacer, block)] == [3]
     assert pacer.lateness() is None
 
 
 def test_frames_of_one_instant_are_handed_on_together():
-    pieces = paced(Pacer(Speed(0.2)), ticks(0, 0, 0, 60, 60, 120))
-    assert [count for count, _ in pieces] == [3, 2, 1]
-    for (_, found), due in zip(pieces, (0, 0.3, 0.6), strict=True):
+    handed_on = paced(Pacer(Speed(0.2)), ticks(0, 0, 0, 60, 60, 120))
+    assert [count for count, _ in handed_on] == [3, 2, 1]
+    for (_, found), due in zip(handed_on, (0, 0.3, 0.6), strict=True):
         assert due - 0.002 <= found < due + 0.25
 
 
 def test_a_burst_is_not_spread():
     """50 frames within 1 ms, then silence of 300 ms: the burst is over long before the frame after it."""
-    pieces = paced(Pacer(Speed(1.0)), ticks(*(k / 50 for k in range(50)), 300))
-    assert sum(count for count, _ in pieces) == 51
-    assert pieces[-1][0] == 1
-    assert pieces[-2][1] < 0.2
-    assert pieces[-1][1] >= 0.298
+    handed_on = paced(Pacer(Speed(1.0)), ticks(*(k / 50 for k in range(50)), 300))
+    assert sum(count for count, _ in handed_on) == 51
+    assert handed_on[-1][0] == 1
+    assert handed_on[-2][1] < 0.2
+    assert handed_on[-1][1] >= 0.298
 
 
 @pytest.mark.parametrize(("speed", "seconds"), [("1x", 0.6), ("2x", 0.3), ("10x", 0.06)])
@@ -119,7 +130,7 @@ def test_pieces_are_never_early_and_hold_every_frame_in_order():
     pacer = Pacer(Speed(1.0))
     started = time.monotonic_ns()
     seqs = []
-    for piece in pacer.pieces(block):
+    for piece in pieces(pacer, block):
         now = time.monotonic_ns()
         assert now - started >= int(piece.time_ns[-1]) - int(block.time_ns[0]) - 2_000_000
         seqs += piece.seq.tolist()
@@ -130,17 +141,17 @@ def test_pacing_goes_on_from_block_to_block():
     """The second block is due 300 ms after the first, however long the first took to work on."""
     pacer = Pacer(Speed(1.0))
     started = time.monotonic()
-    for piece in pacer.pieces(ticks(0)):
+    for piece in pieces(pacer, ticks(0)):
         assert len(piece) == 1
         time.sleep(0.2)
-    (last,) = [time.monotonic() - started for _ in pacer.pieces(ticks(300))]
+    (last,) = [time.monotonic() - started for _ in pieces(pacer, ticks(300))]
     assert 0.298 <= last < 0.45
 
 
 def test_a_frame_that_claims_to_be_earlier_does_not_hold_up_the_tape():
-    pieces = paced(Pacer(Speed(1.0)), ticks(50, 0, 60))
-    assert sum(count for count, _ in pieces) == 3
-    assert pieces[-1][1] < 0.1
+    handed_on = paced(Pacer(Speed(1.0)), ticks(50, 0, 60))
+    assert sum(count for count, _ in handed_on) == 3
+    assert handed_on[-1][1] < 0.1
 
 
 def test_lateness_of_a_consumer_that_keeps_up():
@@ -154,10 +165,10 @@ def test_lateness_of_a_consumer_that_keeps_up():
 def test_lateness_of_a_consumer_that_does_not():
     """It takes 100 ms over the first of 100 frames that are 1 ms apart, so the others are 99 ms late down to nothing."""
     pacer = Pacer(Speed(1.0))
-    pieces = pacer.pieces(ticks(*range(100)))
-    assert len(next(pieces)) < 50
+    handed_on = pieces(pacer, ticks(*range(100)))
+    assert len(next(handed_on)) < 50
     time.sleep(0.1)
-    assert sum(len(piece) for piece in pieces) > 50
+    assert sum(len(piece) for piece in handed_on) > 50
     late = pacer.lateness()
     assert late.frames == 100
     assert 90 <= late.max_ms < 200
@@ -167,12 +178,44 @@ def test_lateness_of_a_consumer_that_does_not():
 
 def test_lateness_beyond_a_second_is_known_at_its_worst():
     pacer = Pacer(Speed(10.0))
-    pieces = pacer.pieces(ticks(0, 200))
-    assert len(next(pieces)) == 1
+    handed_on = pieces(pacer, ticks(0, 200))
+    assert len(next(handed_on)) == 1
     time.sleep(1.1)
-    assert [len(piece) for piece in pieces] == [1]
+    assert [len(piece) for piece in handed_on] == [1]
     assert 1_079 <= pacer.lateness().max_ms < 1_500
     assert pacer.lateness().frames == 2
+
+
+def test_standing_still_and_jumping():
+    """Half of a gap before a stop of 200 ms, half after it; then the clock is put to the middle of another gap."""
+    pacer = Pacer(Speed(1.0), wait=lambda seconds: time.sleep(min(seconds, 0.1)) or seconds > 0.1)
+    block = ticks(0, 200, 1_000)
+    assert pacer.due(block.time_ns) == 1
+    assert pacer.due(block.time_ns[1:]) == 0
+    pacer.hold()
+    time.sleep(0.2)
+    started = time.monotonic()
+    while not pacer.due(block.time_ns[1:]):
+        pass
+    assert 0.05 <= time.monotonic() - started < 0.3
+    pacer.jump(int(block.time_ns[2]) - 50_000_000)
+    started = time.monotonic()
+    assert pacer.due(block.time_ns[2:]) == 1
+    assert 0.048 <= time.monotonic() - started < 0.3
+
+
+def test_what_is_set_for_pacing_is_put_back():
+    before = sys.getswitchinterval()
+    found = []
+
+    def work():
+        found.append((sys.getswitchinterval() < before, gc.get_freeze_count() > 0))
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), punctual():
+        work()
+    assert found == [(True, True)]
+    assert (sys.getswitchinterval(), gc.get_freeze_count()) == (before, 0)
 
 
 # ------------------------------------------------------------------------------------------------- the run stays the same

@@ -7,7 +7,7 @@ import json
 import polars as pl
 import pytest
 
-import arbl2_replay.driver
+import arbl2_replay.reading
 from arbl2.config import PolicyConfig, RunConfig
 from arbl2.engine import Engine
 from arbl2.errors import Arbl2Error, ConfigError, EngineError, StorageError, TapeError
@@ -133,8 +133,8 @@ def test_a_folder_that_cannot_be_made_is_named(tape, tmp_path):
 
 def test_the_reading_thread_ends_with_a_failing_run(tape, out, monkeypatch):
     made = []
-    real = arbl2_replay.driver.read_ahead
-    monkeypatch.setattr(arbl2_replay.driver, "read_ahead", lambda reader: made.append(real(reader)) or made[-1])
+    real = arbl2_replay.reading.read_ahead
+    monkeypatch.setattr(arbl2_replay.reading, "read_ahead", lambda batches: made.append(real(batches)) or made[-1])
     with pytest.raises(ZeroDivisionError):
         replay(tape, CONFIG, out=out, policy=Broken())
     (blocks,) = made
