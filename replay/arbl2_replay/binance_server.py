@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import time
 from collections import deque
 from http import HTTPStatus
@@ -15,8 +14,10 @@ import msgspec
 
 from arbl2.frames import ExchangeId, Op
 from arbl2.rules import binance_rules
-from arbl2_replay.flow import BinanceFlow
-from arbl2_replay.serving import Client, reply, to_json
+from arbl2_replay.channels import binance_stream
+from arbl2_replay.encode import binance_as, event
+from arbl2_replay.serving import Client, Way, reply, to_json
+from arbl2_replay.sources import What
 from arbl2_replay.wire import (
     E8,
     binance_book_ticker,
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
 
     from websockets.http11 import Response
 
-    from arbl2_replay.flow import Moved
+    from arbl2_replay.boards import BinanceBoard
     from arbl2_replay.server import ExchangeServer
     from arbl2_replay.serving import Connection, SentLog
-    from arbl2_replay.synth import MarketEvent
+    from arbl2_replay.sources import Channel, Message
+    from arbl2_replay.wire import DepthChange
 
-_STREAM = re.compile(r"([a-z0-9]+)@(?:(depth)(5|10|20)?(@100ms|@1000ms)?|(trade)|(bookTicker))")
 _MAX_STREAMS = 1_024
 _METHODS = ("SUBSCRIBE", "UNSUBSCRIBE", "LIST_SUBSCRIPTIONS", "SET_PROPERTY", "GET_PROPERTY")
 
@@ -45,20 +46,18 @@ _METHODS = ("SUBSCRIBE", "UNSUBSCRIBE", "LIST_SUBSCRIPTIONS", "SET_PROPERTY", "G
 class _Stream(NamedTuple):
     name: str
     symbol: str
-    what: str
-    """depth, diff, trade or bookTicker."""
-    depth: int
-    slow: bool
+    what: What
+    depth: int = 0
+    slow: bool = False
 
 
-def _stream(name: str) -> _Stream | None:
-    """What a stream name asks for; None for what the venue does not have, which it accepts and never answers."""
-    match = _STREAM.fullmatch(name)
-    if match is None:
-        return None
-    symbol, depth, levels, speed, trade, ticker = match.groups()
-    what = trade or ticker or ("depth" if levels else "diff")
-    return _Stream(name, symbol.upper(), what, int(levels or 0), slow=bool(depth) and speed != "@100ms")
+def _stream(name: str) -> _Stream:
+    """What a stream name asks for. A name that the venue does not have is accepted too, and never answered."""
+    known = binance_stream(name)
+    if known is None:
+        return _Stream(name, name.partition("@")[0].upper(), What.OTHER)
+    symbol, what, depth, slow = known
+    return _Stream(name, symbol, what, depth, slow)
 
 
 class BinanceClient(Client):
@@ -74,7 +73,7 @@ class BinanceClient(Client):
             named = parse_qs(url.query).get("streams", [""])[0].split("/")
         else:
             named = unquote(url.path).removeprefix("/ws").strip("/").split("/")
-        self.streams: dict[str, _Stream | None] = {}
+        self.streams: dict[str, _Stream] = {}
         self._by_symbol: dict[str, list[_Stream]] = {}
         self._choose({name: _stream(name) for name in named if name})
         self.heard: deque[float] = deque(maxlen=self.options.binance_messages_per_s)
@@ -84,10 +83,14 @@ class BinanceClient(Client):
         """Whether the client has asked for any stream."""
         return bool(self.streams)
 
+    def wants(self, code: str) -> bool:
+        """Whether it has asked for anything of a symbol."""
+        return code in self._by_symbol
+
     @property
     def tells_changes(self) -> bool:
         """Whether one of the streams is a diff stream."""
-        return any(stream.what == "diff" for streams in self._by_symbol.values() for stream in streams)
+        return any(stream.what is What.DIFF for streams in self._by_symbol.values() for stream in streams)
 
     async def receive(self, message: str | bytes) -> None:
         """A request; too many of them end the connection."""
@@ -148,43 +151,93 @@ class BinanceClient(Client):
         if len(params) != 2 or not isinstance(params[1], bool):
             return {"code": 1, "msg": "Invalid value type: expected Boolean", "id": number}
         self.combined = params[1]
+        self._chosen_anew()
         return {"result": None, "id": number}
 
-    def _choose(self, streams: dict[str, _Stream | None]) -> None:
+    def _choose(self, streams: dict[str, _Stream]) -> None:
         self.streams = streams
         self._by_symbol = {}
         for stream in streams.values():
-            if stream is not None:
-                self._by_symbol.setdefault(stream.symbol, []).append(stream)
-        for event in self.server.newest(self.venue):
-            if any(stream.what != "depth" for stream in self._by_symbol.get(event.code, ())):
-                self.server.flow(event)
+            self._by_symbol.setdefault(stream.symbol, []).append(stream)
+        self._chosen_anew()
+        for symbol in self._by_symbol:
+            self._follow(symbol)
+        self.server.client_changed()
 
-    def publish(self, event: MarketEvent, moved: Moved | None, encoded: dict[object, bytes], count: int) -> None:
-        """Whatever the event means for each stream."""
-        for stream in self._by_symbol.get(event.code, ()):
-            if stream.what == "depth":
-                if stream.slow and count % 10:
-                    continue
-                raw = encoded.get(stream.depth)
-                if raw is None:
-                    raw = encoded[stream.depth] = binance_depth(event.book, event.mark, depth=stream.depth)
-                self._tell(stream, raw, event.mark, event.mark)
-            elif moved is None:
-                self.server.flow(event)
-            elif stream.what == "diff":
-                change = moved.slow if stream.slow else moved.change
-                if change is not None:
-                    key = (stream.what, stream.slow)
-                    if key not in encoded:
-                        encoded[key] = binance_diff(event.code, change, moved.time_ms)
-                    self._tell(stream, encoded[key], change.first_id, change.last_id)
-            elif stream.what == "trade":
-                for number, (px, size, sells) in enumerate(moved.trades, moved.first_trade_id):
-                    raw = binance_trade(event.code, number, px, size, moved.time_ms, taker_sells=sells)
-                    self._tell(stream, raw, number, number)
-            elif moved.touch:
-                self._tell(stream, binance_book_ticker(event.code, event.book, event.mark), event.mark, event.mark)
+    def _follow(self, symbol: str) -> None:
+        """Let what nobody recorded be derived from now on, if one of the streams needs it."""
+        board = self.server.binance_board(symbol)
+        if board is None:
+            return
+        made = [stream for stream in self._by_symbol[symbol] if not self._is_recorded(stream)]
+        kinds = {stream.what for stream in made}
+        if What.DEPTH in kinds:
+            board.show_books()
+        if board.has_diffs and What.DIFF in kinds:
+            board.merge()
+            kinds.discard(What.DIFF)
+        if kinds & {What.DIFF, What.TICKER, What.TRADE}:
+            board.follow()
+
+    # what a message means to a stream ------------------------------------------------------------------------------------------
+
+    def _is_recorded(self, stream: _Stream) -> bool:
+        offer = self.server.source.offers.get(stream.symbol)
+        return offer is not None and stream.name in offer.names()
+
+    def _choose_way(self, channel: Channel) -> Way:
+        if channel.what is What.NOTICE:
+            return Way.RECORDED if self.options.disconnects else Way.NOTHING
+        streams = self._by_symbol.get(channel.code, ())
+        recorded = [stream for stream in streams if stream.name == channel.name]
+        board = self.server.binance_board(channel.code)
+        if board is not None and any(board.serves(channel, stream.what) and not self._is_recorded(stream) for stream in streams):
+            return Way.MADE
+        if not recorded:
+            return Way.NOTHING
+        return Way.RECORDED if self.combined == (channel.form == "combined") else Way.MADE
+
+    def tell(self, message: Message) -> None:
+        """Whatever the message means for each stream."""
+        channel = message.channel
+        board = self.server.binance_board(channel.code)
+        for stream in self._by_symbol.get(channel.code, ()):
+            if stream.name == channel.name:
+                is_as_asked = self.combined == (channel.form == "combined")
+                payload = message.payload if is_as_asked else binance_as(message, stream.name, combined=self.combined)
+                if payload is not None:
+                    self.send(payload, Op.TEXT, stream.name, *self._ids(message))
+            elif board is not None and board.serves(channel, stream.what) and not self._is_recorded(stream):
+                self._tell_made(message, board, stream)
+
+    def _tell_made(self, message: Message, board: BinanceBoard, stream: _Stream) -> None:
+        """A stream that was not recorded, from the books that were."""
+        moved = message.moved
+        if stream.what is What.DIFF and board.has_diffs:
+            self._tell_change(message, stream, message.merged if stream.slow else None, self.server.time_ms(message))
+            return
+        shown = event(message)
+        if stream.slow and not message.is_slow_turn:
+            return
+        if stream.what is What.DEPTH:
+            if shown is not None:
+                raw = message.made(stream.depth, lambda: binance_depth(shown.book, shown.mark, depth=stream.depth))
+                self._tell(stream, raw, shown.mark, shown.mark)
+        elif moved is None:
+            board.follow()
+        elif stream.what is What.DIFF:
+            self._tell_change(message, stream, moved.slow if stream.slow else moved.change, moved.time_ms)
+        elif stream.what is What.TRADE and message.channel.what is What.MARKET:
+            for number, (px, size, sells) in enumerate(moved.trades, moved.first_trade_id):
+                raw = binance_trade(stream.symbol, number, px, size, moved.time_ms, taker_sells=sells)
+                self._tell(stream, raw, number, number)
+        elif stream.what is What.TICKER and moved.touch and shown is not None:
+            self._tell(stream, binance_book_ticker(stream.symbol, shown.book, shown.mark), shown.mark, shown.mark)
+
+    def _tell_change(self, message: Message, stream: _Stream, change: DepthChange | None, time_ms: int) -> None:
+        if change is not None:
+            raw = message.made((stream.what, stream.slow), lambda: binance_diff(stream.symbol, change, time_ms))
+            self._tell(stream, raw, change.first_id, change.last_id)
 
     def _tell(self, stream: _Stream, raw: bytes, first_id: int, last_id: int) -> None:
         self.send(binance_combined(stream.name, raw) if self.combined else raw, Op.TEXT, stream.name, first_id, last_id)
@@ -217,7 +270,8 @@ class BinanceClient(Client):
 
 def _is_request_id(number: object) -> bool:
     if isinstance(number, str):
-        return len(number) <= 36 and number.isascii() and number.isalnum()
+        # 36 characters are a UUID, hyphens and all
+        return len(number) <= 36 and number.isascii() and number.replace("-", "").isalnum()
     return number is None or (isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63)
 
 
@@ -229,13 +283,13 @@ def binance_rest(server: ExchangeServer, path: str, query: Mapping[str, str]) ->
     weight = _weight(path, query)
     if weight is None:
         return reply(HTTPStatus.NOT_FOUND, b"", {})
-    used, left_s = server.binance_weight.take(weight)
-    headers = {"X-MBX-USED-WEIGHT-1M": str(used)}
     limit = server.options.binance_weight_per_min
-    if used > limit:
+    use = server.binance_weight.take(weight, limit)
+    headers = dict.fromkeys(("X-MBX-USED-WEIGHT", "X-MBX-USED-WEIGHT-1M"), str(use.used))
+    if use.is_refused or use.is_banned:
         said = f"Too much request weight used; current limit is {limit} request weight per 1 MINUTE."
         body = to_json({"code": -1003, "msg": said})
-        return reply(HTTPStatus.TOO_MANY_REQUESTS, body, {**headers, "Retry-After": str(math.ceil(left_s))})
+        return reply(use.status, body, {**headers, "Retry-After": str(math.ceil(use.left_s))})
     now_ms = server.now_ms(ExchangeId.BINANCE)
     status, body = HTTPStatus.OK, b"{}"
     if path == "exchangeInfo":
@@ -273,7 +327,7 @@ def _exchange_info(server: ExchangeServer, query: Mapping[str, str], now_ms: int
         "serverTime": now_ms,
         "rateLimits": [{"rateLimitType": "REQUEST_WEIGHT", "interval": "MINUTE", "intervalNum": 1, "limit": limit}],
         "exchangeFilters": [],
-        "symbols": [_exchange_symbol(symbol) for symbol in wanted],
+        "symbols": [_exchange_symbol(server, symbol) for symbol in wanted],
     }
     return HTTPStatus.OK, to_json(body)
 
@@ -282,20 +336,23 @@ def _rest_depth(server: ExchangeServer, query: Mapping[str, str]) -> tuple[HTTPS
     if "symbol" not in query:
         missing = "Mandatory parameter 'symbol' was not sent, was empty/null, or malformed."
         return HTTPStatus.BAD_REQUEST, to_json({"code": -1102, "msg": missing})
-    event = server.last_event(ExchangeId.BINANCE, query["symbol"])
-    if event is None:
+    board = server.binance_board(query["symbol"])
+    if board is None:
         return HTTPStatus.BAD_REQUEST, to_json({"code": -1121, "msg": "Invalid symbol."})
     limit = query.get("limit", "100")
     if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= 5_000):
         illegal = "Illegal characters found in parameter 'limit'; legal range is '1-5000'."
         return HTTPStatus.BAD_REQUEST, to_json({"code": -1100, "msg": illegal})
-    flow = server.flow(event)
-    assert isinstance(flow, BinanceFlow)
-    deep = flow.deep
-    return HTTPStatus.OK, binance_depth(deep.book(int(limit)), deep.last_id, depth=int(limit))
+    found = board.rest(int(limit))
+    if found is None:
+        return HTTPStatus.SERVICE_UNAVAILABLE, to_json({"code": -1000, "msg": "No book of this symbol is known at this moment."})
+    return HTTPStatus.OK, binance_depth(found[1], found[0], depth=int(limit))
 
 
-def _exchange_symbol(symbol: str) -> dict[str, object]:
+def _exchange_symbol(server: ExchangeServer, symbol: str) -> object:
+    recorded = server.source.exchange_info.get(symbol)
+    if recorded is not None:
+        return msgspec.json.decode(recorded)
     rules = binance_rules(symbol)
     filters: list[dict[str, object]] = []
     if rules is not None:

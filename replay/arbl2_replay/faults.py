@@ -27,7 +27,7 @@ from arbl2.errors import ConfigError
 from arbl2.frames import ExchangeId, Op
 from arbl2_replay.binance_server import BinanceClient
 from arbl2_replay.gate import Gate
-from arbl2_replay.serving import reply
+from arbl2_replay.serving import is_sendable, reply
 from arbl2_replay.upbit_server import refusal
 
 if TYPE_CHECKING:
@@ -69,8 +69,6 @@ _BINANCE_ONLY = (WireFault.SHUTDOWN, WireFault.GAP)
 _SPOILING = (WireFault.DUPLICATE, WireFault.GAP, WireFault.CORRUPT, WireFault.TRUNCATE)
 _ACKS = (WireFault.WRONG_ACK, WireFault.MISSING_ACK)
 _PATIENCE_S = 30.0
-_SENDABLE = (*range(1000, 1004), *range(1007, 1015))
-"""Close codes that may be on the wire, besides those from 3000 on."""
 
 
 class FaultConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,25 +101,27 @@ class FaultConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 low, high = value
                 if not low <= high or (low <= 0 and name != "clock_step_ms"):
                     raise ConfigError(f"{name} is {value}; it needs a smaller and a larger number, both above zero. Change it.")
-        if not self.close_codes or any(code not in _SENDABLE and not 3000 <= code < 5000 for code in self.close_codes):
+        if not self.close_codes or not all(map(is_sendable, self.close_codes)):
             raise ConfigError(f"close_codes {list(self.close_codes)} cannot all be sent. Use codes such as 1001, 1011, 1012.")
 
 
-def fault_config(texts: Sequence[str], seed: int = 1) -> FaultConfig:
+def fault_config(texts: Sequence[str], seed: int = 1, close_codes: tuple[int, ...] | None = None) -> FaultConfig:
     """Faults as they are named on a command line: ``drop=30`` strikes every 30 s on average, ``all=60`` is every kind.
 
-    Later ones win. Raises ConfigError for a text that is not understood.
+    Later ones win; ``half-open`` is ``half_open``. Raises ConfigError for a text that is not understood.
     """
     every_s: dict[WireFault, float] = {}
     for text in texts:
         name, _, number = text.partition("=")
         try:
-            kinds = list(WireFault) if name == "all" else [WireFault(name)]
+            kinds = list(WireFault) if name == "all" else [WireFault(name.replace("-", "_"))]
             every_s |= dict.fromkeys(kinds, float(number))
         except ValueError:
             known = ", ".join(WireFault)
             raise ConfigError(f"the fault {text!r} is not NAME=SECONDS. Use one of {known}, or all.") from None
-    return FaultConfig(seed=seed, every_s=every_s)
+    if close_codes is None:
+        return FaultConfig(seed=seed, every_s=every_s)
+    return FaultConfig(seed=seed, every_s=every_s, close_codes=close_codes)
 
 
 class FaultRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +13,20 @@ import msgspec
 
 from arbl2.frames import ExchangeId, Op
 from arbl2.rules import upbit_date, upbit_tick_e8
-from arbl2_replay.flow import UpbitFlow
-from arbl2_replay.serving import Client, reply, to_json
-from arbl2_replay.wire import E8, UPBIT_UNITS, Book, decimal_text, upbit_orderbook, upbit_rest_orderbook, upbit_trade
+from arbl2_replay.encode import as_snapshot, event, listed, upbit_book_as, upbit_last_trade, upbit_other_as
+from arbl2_replay.serving import Client, Way, reply, to_json
+from arbl2_replay.sources import What
+from arbl2_replay.wire import E8, UPBIT_UNITS, Book, decimal_text, upbit_rest_orderbook, upbit_trade
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from websockets.http11 import Response
 
-    from arbl2_replay.flow import Moved
+    from arbl2_replay.boards import UpbitBoard
     from arbl2_replay.server import ExchangeServer
     from arbl2_replay.serving import Connection, SentLog
+    from arbl2_replay.sources import Channel, Message
     from arbl2_replay.synth import MarketEvent
     from arbl2_replay.wire import UpbitTrade
 
@@ -34,6 +37,7 @@ _ERRORS = {
     "NO_CODES": "codes가 없습니다.",
     "INVALID_PARAM": "지원하지 않는 값입니다.",
 }
+_FORMATS = ("DEFAULT", "SIMPLE", "JSON_LIST", "SIMPLE_LIST")
 _UPBIT_TYPES = re.compile(r"orderbook|trade|ticker|candle\.(1s|[0-9]{1,3}m)")
 
 
@@ -51,19 +55,24 @@ class _UpbitType(msgspec.Struct, frozen=True):
 
 class _UpbitRequest(msgspec.Struct, frozen=True):
     ticket: str
-    simple: bool
+    form: str
     types: list[_UpbitType]
     list_only: bool
 
 
 @dataclass(slots=True)
 class _UpbitStream:
+    snapshot: bool = field(init=False)
+    """Whether SNAPSHOT messages were asked for."""
     type: str
     code: str
     units: int
     level_e8: int
     awaits_snapshot: bool
     realtime: bool
+
+    def __post_init__(self) -> None:
+        self.snapshot = self.awaits_snapshot
 
 
 def _upbit_request(message: bytes) -> _UpbitRequest:
@@ -77,13 +86,13 @@ def _upbit_request(message: bytes) -> _UpbitRequest:
     if not tickets or not isinstance(tickets[0], str) or not tickets[0]:
         raise _RefusedError("NO_TICKET")
     formats = [part["format"] for part in parts if "format" in part] or ["DEFAULT"]
-    if formats[0] not in ("DEFAULT", "SIMPLE"):
+    if formats[0] not in _FORMATS:
         raise _RefusedError("INVALID_PARAM")
     list_only = any(part.get("method") == "LIST_SUBSCRIPTIONS" for part in parts)
     types = [_upbit_type(part) for part in parts if "type" in part]
     if not types and not list_only:
         raise _RefusedError("NO_TYPE")
-    return _UpbitRequest(tickets[0], formats[0] == "SIMPLE", types, list_only)
+    return _UpbitRequest(tickets[0], formats[0], types, list_only)
 
 
 def _upbit_type(part: dict[str, Any]) -> _UpbitType:
@@ -108,11 +117,10 @@ def _upbit_type(part: dict[str, Any]) -> _UpbitType:
 def _upbit_streams(request: _UpbitRequest) -> list[_UpbitStream]:
     streams = []
     for kind in request.types:
-        if kind.type == "trade":
-            streams += [_UpbitStream("trade", code, 0, 0, kind.snapshot, kind.realtime) for code in kind.codes]
-        elif kind.type == "orderbook":
+        if kind.type == "orderbook":
             streams += [stream for text in kind.codes if (stream := _upbit_book_stream(kind, text)) is not None]
-        # the market has no other types: they are as silent as codes that do not trade
+        else:
+            streams += [_UpbitStream(kind.type, code, 0, 0, kind.snapshot, kind.realtime) for code in kind.codes]
     return streams
 
 
@@ -136,7 +144,7 @@ class UpbitClient(Client):
 
     def __init__(self, server: ExchangeServer, ws: Connection, sent: SentLog) -> None:
         super().__init__(server, ws, sent)
-        self.simple = False
+        self.form = "DEFAULT"
         self.types: list[_UpbitType] = []
         self.streams: dict[str, list[_UpbitStream]] = {}
         self.says_up = False
@@ -145,6 +153,10 @@ class UpbitClient(Client):
     def subscribed(self) -> bool:
         """Whether the client has asked for any stream."""
         return bool(self.streams)
+
+    def wants(self, code: str) -> bool:
+        """Whether it has asked for anything of a code."""
+        return code in self.streams
 
     async def receive(self, message: str | bytes) -> None:
         """A subscription, a question or PING; what is neither is refused and the connection closed."""
@@ -159,7 +171,8 @@ class UpbitClient(Client):
             await asyncio.sleep(self.options.upbit_error_close_s)
             await self.close(1000)
             return
-        self.simple = request.simple
+        self.form = request.form
+        self._chosen_anew()
         if request.list_only:
             self._list(request.ticket)
             return
@@ -167,69 +180,123 @@ class UpbitClient(Client):
         self.streams = {}
         for stream in _upbit_streams(request):
             self.streams.setdefault(stream.code, []).append(stream)
-        for event in self.server.newest(self.venue):
-            for stream in self.streams.get(event.code, ()):
-                if stream.type == "trade":
-                    flow = self.server.flow(event)
-                    if stream.awaits_snapshot and isinstance(flow, UpbitFlow):
-                        self._tell(event.code, flow.last, stream, {})
-                elif stream.awaits_snapshot:
-                    self._show(event, stream, {})
+        for board in self.server.upbit_boards():
+            for stream in self.streams.get(board.code, ()):
+                if stream.awaits_snapshot and not board.is_dark:
+                    self._snapshot(board, stream)
+        self.server.client_changed()
 
     def _list(self, ticket: str) -> None:
-        names = ("ty", "cds", "lv") if self.simple else ("type", "codes", "level")
+        simple = self.form.startswith("SIMPLE")
+        names = ("ty", "cds", "lv") if simple else ("type", "codes", "level")
         result: list[dict[str, object]] = []
         for kind in self.types:
             item: dict[str, object] = {names[0]: kind.type, names[1]: kind.codes}
             if kind.type == "orderbook":
                 item[names[2]] = kind.level_e8 // E8 if kind.level_e8 % E8 == 0 else kind.level_e8 / E8
             result.append(item)
-        heads = ("mthd", "rslt", "tckt") if self.simple else ("method", "result", "ticket")
+        heads = ("mthd", "rslt", "tckt") if simple else ("method", "result", "ticket")
         self.send(to_json(dict(zip(heads, ("LIST_SUBSCRIPTIONS", result, ticket), strict=True))), Op.BINARY)
 
-    def publish(self, event: MarketEvent, moved: Moved | None, encoded: dict[object, bytes], count: int) -> None:
-        """Books, and the trades that led to them."""
-        for stream in self.streams.get(event.code, ()):
-            if not (stream.awaits_snapshot or stream.realtime):
-                continue
-            if stream.type == "orderbook":
-                self._show(event, stream, encoded)
-                continue
-            flow = self.server.flow(event)
-            assert isinstance(flow, UpbitFlow)
-            if stream.awaits_snapshot:
-                self._tell(event.code, flow.last, stream, encoded)
-            elif moved is not None:
-                for number in range(len(moved.trades)):
-                    self._tell(event.code, flow.row(event, moved, number), stream, encoded)
+    # what a message means to a stream ------------------------------------------------------------------------------------------
 
-    def _tell(self, code: str, trade: UpbitTrade, stream: _UpbitStream, encoded: dict[object, bytes]) -> None:
-        snapshot = stream.awaits_snapshot
-        stream.awaits_snapshot = False
-        key = (self.simple, trade.sequential_id, snapshot)
-        payload = encoded.get(key)
-        if payload is None:
-            payload = encoded[key] = upbit_trade(code, trade, simple=self.simple, snapshot=snapshot)
-        self.send(payload, Op.BINARY, f"trade:{code}", trade.sequential_id, trade.sequential_id)
+    def _is_as_asked(self, channel: Channel, stream: _UpbitStream) -> bool:
+        """Whether the channel is what the stream asks for, to the byte."""
+        if channel.name != stream.type or channel.form != self.form:
+            return False
+        return channel.what is not What.BOOK or (channel.depth, channel.level_e8) == (stream.units, stream.level_e8)
 
-    def _show(self, event: MarketEvent, stream: _UpbitStream, encoded: dict[object, bytes]) -> None:
-        snapshot = stream.awaits_snapshot
-        stream.awaits_snapshot = False
-        key = (self.simple, stream.units, stream.level_e8, snapshot)
-        payload = encoded.get(key)
-        if payload is None:
-            if stream.level_e8 and stream.level_e8 not in _levels_e8(event):
-                return
-            payload = encoded[key] = upbit_orderbook(
-                event.code,
-                _grouped(event.book, stream.level_e8),
-                event.mark,
-                units=stream.units,
-                simple=self.simple,
-                snapshot=snapshot,
-                level_e8=stream.level_e8,
-            )
-        self.send(payload, Op.BINARY, f"orderbook:{event.code}")
+    def _concerns(self, channel: Channel, stream: _UpbitStream) -> bool:
+        """Whether this channel, of all that tell the like, serves the stream."""
+        if channel.what is What.MARKET:
+            return stream.type in (What.BOOK, What.TRADE)
+        if channel.name != stream.type:
+            return False
+        if self._is_as_asked(channel, stream):
+            return True
+        offer = self.server.source.offers.get(channel.code)
+        if offer is not None and any(self._is_as_asked(other, stream) for other in offer.shapes.values()):
+            return False
+        return channel.what is not What.BOOK or self.server.upbit_board(channel.code).is_source(channel)
+
+    def _choose_way(self, channel: Channel) -> Way:
+        streams = [stream for stream in self.streams.get(channel.code, ()) if self._concerns(channel, stream)]
+        if not any(stream.awaits_snapshot or stream.realtime for stream in streams):
+            return Way.NOTHING
+        if len(streams) == 1 and streams[0].realtime and not streams[0].awaits_snapshot and not channel.snapshot:
+            return Way.RECORDED if self._is_as_asked(channel, streams[0]) else Way.MADE
+        return Way.MADE
+
+    def tell(self, message: Message) -> None:
+        """Books and trades, recorded or derived."""
+        channel = message.channel
+        for stream in self.streams.get(channel.code, ()):
+            if not (stream.awaits_snapshot or stream.realtime) or not self._concerns(channel, stream):
+                continue
+            first, stream.awaits_snapshot = stream.awaits_snapshot, False
+            if first:
+                self._ways.clear()
+            elif channel.snapshot and not stream.snapshot:
+                continue  # only the realtime messages were asked for
+            if channel.what is What.MARKET:
+                self._tell_market(message, stream, first=first)
+            else:
+                self._tell_recorded(message, stream, as_first=False)
+
+    def _snapshot(self, board: UpbitBoard, stream: _UpbitStream) -> None:
+        """The newest message of a code as the first of a subscription."""
+        newest = board.newest
+        if newest is not None and newest.channel.what is What.MARKET:
+            if self._concerns(newest.channel, stream):
+                stream.awaits_snapshot = False
+                self._tell_market(newest, stream, first=True)
+            return
+        told = board.newest if stream.type == What.BOOK else board.trade if stream.type == What.TRADE else None
+        if told is not None:
+            stream.awaits_snapshot = False
+            self._tell_recorded(told, stream, as_first=True)
+
+    def _tell_recorded(self, message: Message, stream: _UpbitStream, *, as_first: bool) -> None:
+        channel = message.channel
+        key = (self.form, stream.units, stream.level_e8, as_first)
+        if self._is_as_asked(channel, stream):
+            payload: bytes | None = as_snapshot(message.payload) if as_first else message.payload
+        elif channel.what is What.BOOK:
+            payload = message.made(key, lambda: self._book(message, stream, snapshot=as_first or channel.snapshot))
+        else:
+            payload = message.made(key, lambda: upbit_other_as(message, self.form))
+            payload = as_snapshot(payload) if as_first and payload else payload
+        if payload is not None:
+            self.send(payload, Op.BINARY, f"{channel.name}:{channel.code}")
+
+    def _book(self, message: Message, stream: _UpbitStream, *, snapshot: bool) -> bytes | None:
+        shown = event(message)
+        if shown is None or (stream.level_e8 and stream.level_e8 not in _levels_e8(shown)):
+            return None
+        book = _grouped(shown.book, stream.level_e8)
+        return upbit_book_as(shown, units=stream.units, form=self.form, level_e8=stream.level_e8, snapshot=snapshot, book=book)
+
+    def _tell_market(self, message: Message, stream: _UpbitStream, *, first: bool) -> None:
+        """The synthetic market gives books; trades follow from them."""
+        if stream.type == What.BOOK:
+            key = (self.form, stream.units, stream.level_e8, first)
+            payload = message.made(key, lambda: self._book(message, stream, snapshot=first))
+            if payload is not None:
+                self.send(payload, Op.BINARY, f"orderbook:{stream.code}")
+        elif (flow := self.server.upbit_board(stream.code).follow()) is not None:
+            if first:
+                self._tell_trade(message, flow.last, stream, first=True)
+            elif message.moved is not None and message.event is not None:
+                for number in range(len(message.moved.trades)):
+                    self._tell_trade(message, flow.row(message.event, message.moved, number), stream, first=False)
+
+    def _tell_trade(self, message: Message, trade: UpbitTrade, stream: _UpbitStream, *, first: bool) -> None:
+        simple, number = self.form.startswith("SIMPLE"), trade.sequential_id
+        payload = message.made(
+            (self.form, number, first),
+            lambda: listed(upbit_trade(stream.code, trade, simple=simple, snapshot=first), self.form),
+        )
+        self.send(payload, Op.BINARY, f"trade:{stream.code}", number, number)
 
     async def attend(self) -> None:
         """UP frames for who asked, and an abrupt end for a connection on which nothing moves."""
@@ -248,13 +315,14 @@ class UpbitClient(Client):
                     self.send(b'{"status":"UP"}', Op.BINARY)
 
 
-def _tick_e8(event: MarketEvent) -> int:
-    return upbit_tick_e8(event.code, event.book.ask_px_e8[0], upbit_date(event.mark * 1_000_000))
+def _tick_e8(shown: MarketEvent) -> int:
+    prices = shown.book.ask_px_e8 or shown.book.bid_px_e8 or (E8,)
+    return upbit_tick_e8(shown.code, prices[0], upbit_date(shown.mark * 1_000_000))
 
 
-def _levels_e8(event: MarketEvent) -> list[int]:
+def _levels_e8(shown: MarketEvent) -> list[int]:
     """Price groupings that the venue offers for a code: none, and three decades above its tick."""
-    tick = _tick_e8(event)
+    tick = _tick_e8(shown)
     return [0, 10 * tick, 100 * tick, 1_000 * tick]
 
 
@@ -281,42 +349,73 @@ def upbit_rest(server: ExchangeServer, path: str, query: Mapping[str, str]) -> R
     group = _GROUPS.get(path)
     if group is None:
         return reply(HTTPStatus.NOT_FOUND, _error("not_found", "no Route matched with those values"), {})
-    used, _ = server.upbit_quota[group].take(1)
     limit = server.options.upbit_rest_per_s
-    headers = {"Remaining-Req": f"group={group}; min=600; sec={max(0, limit - used)}"}
-    if used > limit:
-        return reply(HTTPStatus.TOO_MANY_REQUESTS, _error("too_many_requests", "요청 수 제한을 초과했습니다."), headers)
+    use = server.upbit_quota[group].take(1, limit)
+    headers = {"Remaining-Req": f"group={group}; min=600; sec={max(0, limit - use.used)}"}
+    if use.is_refused or use.is_banned:
+        return reply(use.status, _error("too_many_requests", "요청 수 제한을 초과했습니다."), headers)
     if path == "/v1/market/all":
         details = query.get("is_details") == "true"
         return reply(HTTPStatus.OK, to_json([_market(code, details) for code in server.upbit_codes]), headers)
+    if path == "/v1/ticker/all":
+        quotes = query.get("quote_currencies", "KRW").upper().split(",")
+        codes = [code for code in server.upbit_codes if code.partition("-")[0] in quotes]
+        query = {"markets": ",".join(codes)}
     status, body = _rest_books(server, path, query)
     return reply(status, body, headers)
 
 
-_GROUPS = {"/v1/market/all": "market", "/v1/orderbook": "orderbook", "/v1/orderbook/instruments": "orderbook"}
+_GROUPS = {
+    "/v1/market/all": "market",
+    "/v1/orderbook": "orderbook",
+    "/v1/orderbook/instruments": "orderbook",
+    "/v1/ticker": "ticker",
+    "/v1/ticker/all": "ticker",
+}
+UPBIT_GROUPS = tuple(dict.fromkeys(_GROUPS.values()))
 
 
 def _rest_books(server: ExchangeServer, path: str, query: Mapping[str, str]) -> tuple[HTTPStatus, bytes]:
     if not query.get("markets"):
         return HTTPStatus.BAD_REQUEST, _error(400, "Missing parameter: markets")
-    events = []
+    shown: list[tuple[UpbitBoard, MarketEvent]] = []
     for code in query["markets"].upper().split(","):
         if code not in server.upbit_codes:
             return HTTPStatus.NOT_FOUND, _error(404, "Code not found")
-        if (event := server.last_event(ExchangeId.UPBIT, code)) is not None:
-            events.append(event)
+        board = server.upbit_board(code)
+        if (found := board.event()) is not None:
+            shown.append((board, found))
     if path == "/v1/orderbook/instruments":
-        return HTTPStatus.OK, to_json([_instrument(event) for event in events])
+        return HTTPStatus.OK, to_json([_instrument(found) for _, found in shown])
+    if path.startswith("/v1/ticker"):
+        return HTTPStatus.OK, b"[%b]" % b",".join(_ticker(board, found) for board, found in shown)
     count, level = query.get("count", "30"), query.get("level", "0")
     if not (count.isascii() and count.isdigit() and re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,8})?", level)):
         return HTTPStatus.BAD_REQUEST, _error(400, "Type mismatch error. Check the parameters type!")
     units, level_e8 = min(max(int(count[:9]), 1), 30), round(float(level) * E8)
     books = b",".join(
-        upbit_rest_orderbook(event.code, _grouped(event.book, level_e8), event.mark, count=units, level_e8=level_e8)
-        for event in events
-        if level_e8 == 0 or level_e8 in _levels_e8(event)
+        upbit_rest_orderbook(found.code, _grouped(found.book, level_e8), found.mark, count=units, level_e8=level_e8)
+        for _, found in shown
+        if level_e8 == 0 or level_e8 in _levels_e8(found)
     )
     return HTTPStatus.OK, b"[%b]" % books
+
+
+def _ticker(board: UpbitBoard, found: MarketEvent) -> bytes:
+    """The part of a ticker that can be told: the last trade, or the best bid where there was none. Day figures are left out."""
+    side = found.book.bid_px_e8 or found.book.ask_px_e8
+    price, time_ms = _number(side[0]) if side else "0", found.mark
+    flow = board.follow()
+    if flow is not None:
+        price, time_ms = _number(flow.last.px_e8), flow.last.time_ms
+    elif board.trade is not None and (last := upbit_last_trade(board.trade)) is not None:
+        price, time_ms = f"{last[0]:f}", last[1]
+    moment = datetime.fromtimestamp(time_ms / 1e3, tz=UTC)
+    return (
+        f'{{"market":"{board.code}","trade_date":"{moment:%Y%m%d}","trade_time":"{moment:%H%M%S}",'
+        f'"trade_timestamp":{time_ms},"trade_price":{price},"timestamp":{found.mark},'
+        '"market_state":"ACTIVE","market_warning":"NONE","delisting_date":null}'
+    ).encode()
 
 
 def _error(name: str | int, message: str) -> bytes:
@@ -347,12 +446,12 @@ def _market(code: str, details: bool) -> dict[str, object]:
     return market
 
 
-def _instrument(event: MarketEvent) -> dict[str, object]:
-    levels = [_number(level) for level in _levels_e8(event)]
+def _instrument(shown: MarketEvent) -> dict[str, object]:
+    levels = [_number(level) for level in _levels_e8(shown)]
     return {
-        "market": event.code,
-        "quote_currency": event.code.partition("-")[0],
-        "tick_size": _number(_tick_e8(event)),
+        "market": shown.code,
+        "quote_currency": shown.code.partition("-")[0],
+        "tick_size": _number(_tick_e8(shown)),
         "supported_levels": levels,
     }
 
