@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types fmt golden bench bench-record bench-calibrate kills stall frames size integrity soak cov docs build clean
+.PHONY: help setup demo test lint types fmt golden bench bench-record bench-calibrate bench-serve bench-peers bench-pacing bench-travel kills stall frames size integrity scale soak long-run clients cov docs build clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -52,6 +52,18 @@ bench-record: setup ## the recorder beside a client that only stamps (6 minutes)
 bench-calibrate: setup ## sums of zones in DuckDB beside polars (2 minutes)
 	$(BIN)/python -m benchmarks.calibrate
 
+bench-peers: setup ## arbl2 beside hftbacktest and nautilus_trader on the same messages (10 minutes, Python 3.11; installs them apart)
+	$(BIN)/python -m benchmarks.peers
+
+bench-serve: setup ## a recording served flat out beside a server that only pushes bytes (5 minutes)
+	$(BIN)/python -m benchmarks.serve
+
+bench-travel: setup ## 10,000 instants compared with a linear replay; p99 of a query in a day and in deep books (5 minutes)
+	$(BIN)/python -m benchmarks.travel
+
+bench-pacing: setup ## how late paced frames are, beside bare pacers, with and without load (5 minutes; the first time 2 more)
+	$(BIN)/python -m benchmarks.pacing
+
 kills: setup ## kill recorders at random moments and compare what is left with what was sent (3 minutes)
 	$(BIN)/python -m benchmarks.kills
 
@@ -67,9 +79,27 @@ size: setup ## sealed bytes a message beside gzip -6, on real captures
 integrity: setup ## no false entry in the gap ledger: an hour of synthetic market, and the real captures
 	$(BIN)/python -m benchmarks.integrity
 
+scale: setup ## replay 24 hours of ten coins, 20 million messages: memory and time per message stay flat (15 minutes the first time)
+	$(BIN)/python -m benchmarks.scale
+
 MINUTES ?= 30
 soak: setup ## MINUTES of random faults: sent = recorded, every fault in the ledger, memory flat
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+
+long-run: MINUTES = 20
+long-run: setup ## MINUTES of paper trading on a live local market, verified by replay: same bytes, decisions, fills and money
+	$(BIN)/python -m benchmarks.live --minutes $(MINUTES)
+
+CLIENTS := $(patsubst tests/clients/requirements-%.txt,.venv/clients/%/.ready,$(wildcard tests/clients/requirements-*.txt))
+clients: setup $(CLIENTS) ## other people's clients, each in its own environment, against our exchange server (5 minutes)
+	$(BIN)/python -m pytest tests/clients -n 2 -rP
+
+.venv/clients/%/.ready: tests/clients/requirements-%.txt | $(READY)
+	@echo "setting up $(@D)"
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	@touch $@
 
 cov: export COVERAGE_FILE := .venv/.coverage
 cov: export NUMBA_DISABLE_JIT := 1

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from arbl2 import cli_datasets
+from arbl2 import cli_book, cli_datasets, cli_live, cli_runs
 from arbl2.errors import Arbl2Error, ConfigError, EvidenceError, TapeError, VenueError
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 not healthy, 2 option or configuration, 3 tape or run, 4 venue, 5 disk or lock, "
-    "6 not supported by the data, 70 a defect of arbl2, 130 interrupted, 143 terminated.",
+    epilog="Exit codes: 0 done, 1 not healthy or not the same, 2 option or configuration, 3 tape or run, 4 venue, "
+    "5 disk or lock, 6 not supported by the data, 70 a defect of arbl2, 130 interrupted, 143 terminated.",
 )
 app.add_typer(cli_datasets.app, name="datasets")
 
@@ -307,9 +307,13 @@ def recover(
 @app.command(epilog="Example: arbl2 replay --speed 10x tapes/20260102T000000Z-1a2b")
 def replay(
     tape: Annotated[
-        str | None, typer.Argument(help="Session, or a folder of them, here or at a URL; default: the newest recording.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[TAPE]...",
+            help="Sessions here or at URLs, several as one run; of a folder the newest. Default: the newest recording.",
+        ),
     ] = None,
-    speed: Annotated[str, typer.Option("--speed", "-x", help="1x, 10x, 0.5x or max.")] = "max",
+    speed: Annotated[str | None, typer.Option("--speed", "-x", help="1x, 10x, 0.5x or max; default: max, or 1x with -i.")] = None,
     config: ConfigFile = None,
     symbols: Annotated[str | None, typer.Option("--symbols", "-s", help="Coins to trade; default: all on both venues.")] = None,
     entry_bps: Annotated[float | None, typer.Option(help="Enter when the gross edge is at least this.")] = None,
@@ -318,15 +322,53 @@ def replay(
     max_position_krw: Annotated[str | None, typer.Option(help="Largest position of a symbol in KRW.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of runs.")] = RUNS,
     tapes: Annotated[str, typer.Option(help="Folder or URL to look in for the newest recording.")] = str(TAPES),
+    every: Annotated[bool, typer.Option("--all", help="Every session of the folders, as one run.")] = False,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Begin there, with empty books: +90s, or a date and time (UTC).")
+    ] = None,
+    stop: Annotated[str | None, typer.Option("--to", help="Leave out, unread, what comes from there on.")] = None,
+    venues: Annotated[str | None, typer.Option(help="Replay these venues only, comma separated.")] = None,
+    decoded: Annotated[
+        bool | None,
+        typer.Option("--decoded/--raw", help="Make decoded stores first, or use none; default: use those that are there."),
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="End there: #12345 (a seq), +90s, or a date and time (UTC).")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A run that ends before its tape is kept in this folder, in the middle.", metavar="FOLDER")
+    ] = None,
+    checkpoint_every: Annotated[
+        str | None, typer.Option(help="Keep it there so often too, in tape time (10m), in case it is killed.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the run that was kept in this folder.", metavar="FOLDER")
+    ] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", "-i", help="Steer by keys, or by commands from a pipe (docs/replaying.md).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Replay a recording through books, aggregator, policy and paper executor; write decisions, fills and key figures."""
-    from arbl2.tape import find_session
+    from arbl2_replay.reading import find_sessions
 
     run_config = _run_config(
         config, symbols, entry_bps=entry_bps, tp_bps=tp_bps, size_krw=size_krw, max_position_krw=max_position_krw
     )
-    _replay(find_session(tape, tapes), run_config, speed=speed, out=out, as_json=as_json)
+    _replay(
+        find_sessions(tape or [], tapes, every=every),
+        run_config,
+        speed=speed or ("1x" if interactive else "max"),
+        out=out,
+        as_json=as_json or (interactive and not (sys.stdin and sys.stdin.isatty())),
+        interactive=interactive,
+        until=until,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        start=start,
+        stop=stop,
+        venues=[name.lower() for name in _names(venues or "")],
+        decoded=decoded,
+    )
 
 
 def _run_config(path: Path | None, symbols: str | None, **policy: float | str | None) -> Any:
@@ -344,15 +386,30 @@ def _run_config(path: Path | None, symbols: str | None, **policy: float | str | 
     return checked(config)
 
 
-def _replay(tape: Path | str, config: Any, *, speed: str, out: Path, as_json: bool) -> Any:
-    with _said_if_slow("compiling the kernels, once after an installation: up to half a minute"):
-        from arbl2.engine import warm_up
+def _replay(
+    tapes: list[Path | str],
+    config: Any,
+    *,
+    speed: str,
+    out: Path,
+    as_json: bool,
+    interactive: bool = False,
+    **ends: Any,
+) -> Any:
+    with _said_if_slow("compiling the kernels, once after an installation: some ten seconds"):
         from arbl2_replay import replay as run
         from arbl2_replay.report import run_report
+        from arbl2_replay.warm import warm_up
 
         warm_up()
-    with _progress("replay") as progress:
-        result = run(tape, config, out=out, speed=speed, on_progress=progress)
+    if interactive:
+        from arbl2_replay.console import hands_on
+
+        with hands_on() as steering:
+            result = run(tapes, config, out=out, speed=speed, steering=steering, **ends)
+    else:
+        with _progress("replay") as progress:
+            result = run(tapes, config, out=out, speed=speed, on_progress=progress, **ends)
     if as_json:
         _print_json(result.to_json())
     else:
@@ -413,6 +470,13 @@ def _calibrate(
     _show(Text(f"{limits_text(result.table)}\n\ncalibration {result.path}"))
 
 
+app.command(epilog="Example: arbl2 live --l2-source mock --duration 60")(cli_live.live)
+app.command("paper", hidden=True)(cli_live.live)
+app.command(epilog="Example: arbl2 verify 20260102T000000Z-1a2b")(cli_live.verify)
+app.command(epilog="Example: arbl2 book BTC --at +12m")(cli_book.book)
+app.command(epilog="Example: arbl2 diff 1a2b3c4d 5e6f7a8b --runs runs")(cli_runs.diff)
+
+
 @app.command("import", epilog="Example: arbl2 import capture.txt.gz --out tapes")
 def import_(
     source: Annotated[Path, typer.Argument(help="hftbacktest lines (`recv_ns SPACE json`, plain or .gz) or Upbit JSONL.")],
@@ -436,37 +500,102 @@ def import_(
     _show(Text("\n".join(lines)))
 
 
-@app.command(epilog="Example: arbl2 serve --port 8765, then arbl2 record --upbit-ws ws://127.0.0.1:8765/websocket/v1 ...")
+@app.command(epilog="Example: arbl2 serve tapes/20260102T000000Z-1a2b --speed 10x --port 8765")
 def serve(
-    seed: Annotated[int, typer.Option(help="Seed of the synthetic market.")] = 1,
+    tape: Annotated[
+        str | None, typer.Argument(help="Session, or a folder of them, here or at a URL; default: a synthetic market.")
+    ] = None,
+    speed: Annotated[str, typer.Option("--speed", "-x", help="1x, 10x, 0.5x or, for a recording, max.")] = "1x",
     host: Annotated[
         str, typer.Option(help="Address to listen on; the default is reachable from this machine only.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="0 = any free port.")] = 0,
-    speed: Annotated[float, typer.Option(min=0.01, max=1_000.0, help="Market seconds per second.")] = 1.0,
+    at: Annotated[str | None, typer.Option(help="Begin there: seconds from the beginning, or a date and time.")] = None,
+    loop: Annotated[bool, typer.Option("--loop", help="Begin the recording again when it is over.")] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="Go on answering, in silence, when it is over.")] = False,
+    start_when_subscribed: Annotated[
+        bool, typer.Option("--start-when-subscribed", help="Begin when clients have subscribed; wait for them after disconnects.")
+    ] = False,
+    subscribers: Annotated[
+        int | None, typer.Option(min=1, help="How many connections that takes; default: one for each venue.")
+    ] = None,
+    disconnects: Annotated[bool, typer.Option(help="Let recorded disconnects happen to the clients too.")] = True,
+    lockstep: Annotated[
+        bool, typer.Option("--lockstep", help="Exact order across connections: what one is told is read before the next is told.")
+    ] = False,
+    compress: Annotated[
+        bool | None, typer.Option(help="Deflate for clients that offer it, as the venues do; default: not at --speed max.")
+    ] = None,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=SECONDS: a fault strikes so often on average; all=60 is every kind. Repeatable.", metavar="X=S"),
+    ] = None,
+    fault_seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 1,
+    fault_log: Annotated[Path | None, typer.Option(help="Append a line of JSON for every fault.", dir_okay=False)] = None,
+    close_codes: Annotated[str | None, typer.Option(help="Codes that the fault `close` draws from.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic market.")] = 1,
     gap_every: Annotated[
-        float, typer.Option(min=0.5, help="Mean seconds between gaps of one coin's prices across the venues.")
+        float, typer.Option(min=0.5, help="Synthetic: mean seconds between gaps of one coin's prices across the venues.")
     ] = 14.0,
     as_json: Json = False,
 ) -> None:
-    """Play a seeded synthetic market over Upbit's and Binance's own protocols, on loopback, until Ctrl-C."""
-    from arbl2_replay.server import run_server
-    from arbl2_replay.synth import SynthConfig
+    """Serve a recording, or a synthetic market, over Upbit's and Binance's own protocols, on loopback."""
+    from arbl2_replay.clock import Speed
+    from arbl2_replay.control import moment_ns
+    from arbl2_replay.faults import fault_config
+    from arbl2_replay.server import ServerOptions, serve_market
+
+    if at is not None and tape is None:
+        raise ConfigError("--at needs a recording to go to a moment of. Name one.")
+    source = _market(tape, Speed.parse(speed).factor, seed=seed, gap_every=gap_every)
+    venues = bool(source.upbit_codes) + bool(source.binance_symbols)
+    codes = _whole_numbers("--close-codes", close_codes) if close_codes is not None else None
+    options = ServerOptions(
+        host=host,
+        port=port,
+        start_ns=moment_ns(at, source.start_ns) if at is not None else 0,
+        loop=loop,
+        subscribers=subscribers or (venues if start_when_subscribed else 0),
+        disconnects=disconnects,
+        lockstep=lockstep,
+        compression="deflate" if (bool(source.speed) if compress is None else compress) else None,
+        faults=fault_config(fault, fault_seed, codes) if fault else None,
+        fault_log=fault_log,
+    )
 
     def ready(server: Any) -> None:
         urls = {name: getattr(server, f"{name}_url") for name in ("upbit_ws", "upbit_rest", "binance_ws", "binance_rest")}
         if as_json:
-            _print_json(urls)
+            _print_json({**urls, "control": server.control_url})
             sys.stdout.flush()
             return
         from rich.text import Text
 
-        lines = ["record from it with these settings:", *(f"  export ARBL2_{name.upper()}={url}" for name, url in urls.items())]
+        exports = (f"  export ARBL2_{name.upper()}={url}" for name, url in urls.items())
+        lines = ["record from it with these settings:", *exports, f"pause, seek, speed: curl {server.control_url}status"]
         _show(Text("\n".join(lines)))
 
-    run_server(
-        SynthConfig(seed=seed, duration_s=86_400.0, excursion_every_s=gap_every), host=host, port=port, speed=speed, ready=ready
-    )
+    serve_market(source, options, ready, stay=stay)
+
+
+def _market(tape: str | None, speed: float, *, seed: int, gap_every: float) -> Any:
+    """The recording that is meant, or the synthetic market."""
+    if tape is None:
+        from arbl2_replay.sources import SyntheticSource
+        from arbl2_replay.synth import SynthConfig
+
+        return SyntheticSource(SynthConfig(seed=seed, duration_s=86_400.0, excursion_every_s=gap_every), speed=speed)
+    from arbl2.tape import find_session
+    from arbl2_replay.tape_source import TapeSource
+
+    return TapeSource(find_session(tape, tape), speed=speed)
+
+
+def _whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {text!r} is no list of numbers. Write 1001,1011.") from None
 
 
 @app.command(epilog="Example: arbl2 demo --seconds 20")
@@ -495,7 +624,7 @@ def demo(
             as_json=False,
         )
     _show(Text("\n2. arbl2 replay: the recording at full speed with the threshold policy", style="bold cyan"))
-    run = _replay(recording.path, RunConfig(policy=policy), speed="max", out=folder / "runs", as_json=False)
+    run = _replay([recording.path], RunConfig(policy=policy), speed="max", out=folder / "runs", as_json=False)
     _show(Text("\n3. arbl2 calibrate: zones from the fill events", style="bold cyan"))
     try:
         _calibrate([run.run_dir], out=folder / "calibrations")
@@ -524,7 +653,8 @@ def _exchange(seed: int) -> Iterator[dict[str, str]]:
             if not line:
                 problem = process.stderr.read().strip() if process.stderr else ""
                 raise VenueError(f"the local exchange server did not start: {problem or 'it said nothing'}")
-            yield json.loads(line)
+            urls = json.loads(line)
+            yield {name: url for name, url in urls.items() if name != "control"}
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate()

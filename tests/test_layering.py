@@ -15,11 +15,11 @@ PARTS = {
     "arbl2_replay": ROOT / "replay" / "arbl2_replay",
     "arbl2_calibration": ROOT / "calibration" / "arbl2_calibration",
 }
-JOINERS = {"arbl2.cli", "arbl2.cli_datasets", "arbl2"}
+JOINERS = {"arbl2.cli", "arbl2.cli_book", "arbl2.cli_datasets", "arbl2.cli_live", "arbl2.cli_runs", "arbl2.live_feed", "arbl2"}
 """The modules that join the parts, inside functions only."""
 
-CLI = {"arbl2.cli", "arbl2.cli_datasets"}
-ONLY_IN = {"typer": CLI, "rich": CLI, "asyncio": CLI, "pyarrow": {"arbl2.tape", "arbl2.places"}}
+CLI = {"arbl2.cli", "arbl2.cli_book", "arbl2.cli_datasets", "arbl2.cli_live", "arbl2.cli_runs"}
+ONLY_IN = {"typer": CLI, "rich": CLI, "asyncio": {*CLI, "arbl2.live_feed"}, "pyarrow": {"arbl2.tape", "arbl2.places"}}
 NEVER_IN_CORE = {"websockets", "duckdb", "polars", "socket", "ssl", "http", "urllib"}
 
 

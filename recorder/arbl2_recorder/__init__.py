@@ -13,12 +13,13 @@ import logging
 
 from arbl2_recorder.config import Endpoints, RecordConfig
 from arbl2_recorder.live import LiveView
-from arbl2_recorder.recorder import arecord, record
+from arbl2_recorder.recorder import Listener, arecord, record
 from arbl2_recorder.recovery import RecoveryReport, recover
 from arbl2_recorder.status import RecordResult, Status, VenueStatus
 
 __all__ = [
     "Endpoints",
+    "Listener",
     "LiveView",
     "RecordConfig",
     "RecordResult",

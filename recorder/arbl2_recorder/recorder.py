@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import Counter, deque
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from arbl2.frames import Anchor, Frame
     from arbl2_recorder.clock import ClockOffset
     from arbl2_recorder.config import RecordConfig
+    from arbl2_recorder.consumer import OnSession
     from arbl2_recorder.recovery import RecoveryReport
 
 _logger = logging.getLogger("arbl2.recorder")
@@ -46,6 +48,8 @@ OFFSET_S = 60.0
 SHIP_PATIENCE_S = 30.0
 RATE_SAMPLES, RATE_NS = 6, 1_500_000_000
 SWITCH_INTERVAL_S = 0.0005
+LISTENER_INTERVAL_S = 0.00002
+"""The thread of a listener wants to go on as soon as a frame is there, and waits this long whenever another one computes."""
 # A clock that is only slewed moves at most 500 ppm: 5 ms between two samples 10 s apart.
 CLOCK_STEP_NS = 5_000_000
 
@@ -57,23 +61,37 @@ class Stop(Protocol):
         """Whether to stop."""
 
 
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Who takes the frames of a recording while it is made, in a thread of its own.
+
+    ``on_frames`` gets every frame after it got its ``seq`` and was queued for the log, one at a time while it keeps up;
+    ``on_session`` is called before the first one of each session. If either raises, or more than ``queue_bytes`` wait for them,
+    they get nothing any more; the recording then ends with the error, or goes on if there is an ``on_error`` to take it.
+    """
+
+    on_frames: Callable[[list[Frame]], None]
+    on_session: OnSession | None = None
+    on_error: Callable[[Exception], None] | None = None
+
+
 def record(
     config: RecordConfig,
     *,
     on_status: Callable[[Status], None] | None = None,
-    on_frame: Callable[[Frame], None] | None = None,
+    on_frame: Callable[[Frame], None] | Listener | None = None,
     stop: Stop | None = None,
 ) -> RecordResult:
     """Record until the duration is over, ``stop`` is set, or SIGINT or SIGTERM comes; then seal, and return what was recorded.
 
-    ``on_status`` is called in this thread every ``status_s``; ``on_frame`` in a thread of its own with every frame after it got
-    its ``seq`` and was queued for the log. Raises StorageError if the folder cannot be used or the disk fails (what was logged
-    stays and can be recovered), VenueError if no venue delivered anything, and whatever ``on_frame`` raised, after sealing.
+    ``on_status`` is called in this thread every ``status_s``; ``on_frame`` is a ``Listener``, or its hook alone. Raises
+    StorageError if the folder cannot be used or the disk fails (what was logged stays and can be recovered), VenueError if no
+    venue delivered anything, and whatever ``on_frame`` raised, after sealing.
     """
     # A thread that computes keeps the others waiting for this long: with the default 5 ms, drawing the status or packing a
     # batch would delay stamps by as much.
     usual_s = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    sys.setswitchinterval(SWITCH_INTERVAL_S if on_frame is None else LISTENER_INTERVAL_S)
     try:
         return asyncio.run(arecord(config, on_status=on_status, on_frame=on_frame, stop=stop))
     finally:
@@ -84,7 +102,7 @@ async def arecord(
     config: RecordConfig,
     *,
     on_status: Callable[[Status], None] | None = None,
-    on_frame: Callable[[Frame], None] | None = None,
+    on_frame: Callable[[Frame], None] | Listener | None = None,
     stop: Stop | None = None,
 ) -> RecordResult:
     """As ``record``, inside a running event loop (signals are handled only if that is the main thread's)."""
@@ -112,7 +130,7 @@ class _Run:
         self,
         config: RecordConfig,
         on_status: Callable[[Status], None] | None,
-        on_frame: Callable[[Frame], None] | None,
+        on_frame: Callable[[Frame], None] | Listener | None,
         stop: Stop | None,
     ) -> None:
         self._config = config
@@ -131,7 +149,8 @@ class _Run:
         self._making: asyncio.Future[SessionFiles] | None = None
         self._closing: asyncio.Future[None] | None = None
         self._started_ns = self._files.started_ns
-        self._consumer = Consumer(on_frame, self._fail, limit_bytes=config.queue_bytes) if on_frame is not None else None
+        self._consumer = self._new_consumer(on_frame) if on_frame is not None else None
+        self._introduce(self._files)
         self._session = Session(self._files.log, queue_bytes=config.queue_bytes, consumer=self._consumer)
         self._venues = [Venue(list(part), self._session, config) for _, part in groupby(self._feeds, lambda feed: feed.name)]
         self._rated_ns = self._started_ns
@@ -143,6 +162,20 @@ class _Run:
     def _new_files(self) -> SessionFiles:
         return SessionFiles(self._config, self._feeds, on_error=self._fail, on_wanted=self._want_snapshots)
 
+    def _new_consumer(self, on_frame: Callable[[Frame], None] | Listener) -> Consumer:
+        listener = on_frame if isinstance(on_frame, Listener) else Listener(partial(_one_by_one, on_frame))
+        return Consumer(
+            listener.on_frames,
+            listener.on_error or self._fail,
+            limit_bytes=self._config.queue_bytes,
+            on_session=listener.on_session,
+        )
+
+    def _introduce(self, files: SessionFiles) -> None:
+        """Tell the consumer whose frames come next."""
+        if self._consumer is not None:
+            self._consumer.begin(files.path, files.manifest, lambda: files.log.logged_seq)
+
     async def _roll_over(self) -> None:
         """Whole sessions can be kept, shipped and deleted: a recording of months is many of them, without a hole between."""
         while True:
@@ -151,6 +184,7 @@ class _Run:
             files, ended = await asyncio.shield(self._making), self._files
             self._files, self._making = files, None
             self._session.go_on_in(files.log)
+            self._introduce(files)
             self._session.clock_sample(self._offset)
             for venue in self._venues:
                 venue.restate()
@@ -395,6 +429,11 @@ class _Run:
         )
         if self._on_status is not None:
             self._on_status(self._latest)
+
+
+def _one_by_one(on_frame: Callable[[Frame], None], frames: list[Frame]) -> None:
+    for frame in frames:
+        on_frame(frame)
 
 
 def _retention(config: RecordConfig) -> Retention | None:

@@ -18,7 +18,7 @@ from arbl2.errors import StorageError
 from arbl2.places import sync_folder
 from arbl2.tape import LOG
 from arbl2_recorder import clock
-from arbl2_recorder.log import encode_batch
+from arbl2_recorder.log import HEAD, encode_batch
 from arbl2_recorder.storage import storage_error
 from arbl2_recorder.syncer import Syncer
 
@@ -88,6 +88,8 @@ class LogWriter:
         self._syncer = Syncer(self._sync_failed)
         self.queued_bytes = 0
         self.logged_bytes = 0
+        self.logged_seq = 0
+        """The last frame that a kill cannot take any more."""
         self.error: StorageError | None = None
         try:
             (session_dir / LOG).mkdir(exist_ok=True)
@@ -184,6 +186,7 @@ class LogWriter:
         if self._unsynced >= SYNC_BYTES:
             self._sync()
         self.logged_bytes += len(data)
+        self.logged_seq = HEAD.unpack_from(batch.heads[-1])[0]
         with self._lock:
             self.queued_bytes -= batch.size
 

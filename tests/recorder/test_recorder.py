@@ -18,7 +18,7 @@ from rich.console import Console
 from arbl2.errors import EngineError, StorageError
 from arbl2.frames import Anchor, Flag, Frame, FrameKind, Op
 from arbl2.tape import LOG, SEGMENTS, TapeReader, load_manifest, sessions
-from arbl2_recorder import LiveView, RecordConfig, Status, VenueStatus, clock, record
+from arbl2_recorder import Listener, LiveView, RecordConfig, Status, VenueStatus, clock, record
 from arbl2_recorder.consumer import Consumer
 from arbl2_recorder.live import render
 from arbl2_recorder.log import LogReader
@@ -197,9 +197,9 @@ def test_the_hook_sees_every_frame_with_its_seq(venue, scripts, make_config, fra
 def test_a_hook_that_falls_behind_is_cut_off():
     release, errors, seen = threading.Event(), [], []
 
-    def hook(frame):
+    def hook(frames):
         release.wait(10)
-        seen.append(frame)
+        seen.extend(frames)
 
     consumer = Consumer(hook, errors.append, limit_bytes=2500)
     with_payload = [_frame(seq, b"x" * 1000) for seq in range(1, 6)]
@@ -365,3 +365,38 @@ def test_old_sessions_go_while_a_new_one_is_recorded(venue, scripts, make_config
     assert not first.path.exists()
     assert not second.path.exists()
     assert TapeReader(third.path).manifest.state == "sealed"
+
+
+def test_a_listener_is_told_each_session_and_what_of_it_is_logged(venue, scripts, make_config, frames):
+    server = venue(scripts["upbit"])
+    taken, asked = {}, []
+
+    def begin(path, manifest, logged_seq):
+        assert manifest.session == path.name
+        assert manifest.anchor_mono_ns > 0
+        taken[path] = []
+        asked.append(logged_seq)
+
+    def take(batch):
+        taken[list(taken)[-1]] += batch
+
+    record(make_config(upbit=server, duration_s=1.5, session_s=0.5), on_frame=Listener(take, on_session=begin))
+    assert len(taken) >= 2
+    for (path, seen), logged_seq in zip(taken.items(), asked, strict=True):
+        assert seen == frames(path)
+        assert logged_seq() == len(seen)
+
+
+def test_a_listener_that_fails_leaves_the_recording_alone(venue, scripts, make_config, frames):
+    server = venue(scripts["upbit"])
+    errors, seen = [], []
+
+    def take(batch):
+        seen.extend(batch)
+        if len(seen) > 50:
+            raise EngineError("position does not reconcile")
+
+    result = record(make_config(upbit=server, duration_s=1.0), on_frame=Listener(take, on_error=errors.append))
+    assert result.ended == "duration"
+    assert [str(error) for error in errors] == ["position does not reconcile"]
+    assert len(frames(result.path)) > len(seen)

@@ -517,12 +517,13 @@ def test_json_and_metrics_of_the_command(venue, scripts, tmp_path):
     command, options = arbl2("record", *ends, "--json", "--metrics", port, cwd=tmp_path)
     with subprocess.Popen(command, **options, stdout=subprocess.PIPE, text=True) as recorder:
         first = json.loads(recorder.stdout.readline())
-        values = wait_for(lambda: scraped(port)[1])
+        counted = 'arbl2_venue_messages_total{venue="upbit"}'
+        values = wait_for(lambda: (found := scraped(port)[1]) and counted in found and found)
         recorder.terminate()
         last = json.loads(recorder.communicate(timeout=60)[0].splitlines()[-1])
     assert recorder.returncode == 0
     assert (first["type"], first["phase"], last["type"], last["ended"]) == ("status", "recording", "result", "signal")
-    assert 'arbl2_venue_messages_total{venue="upbit"}' in values
+    assert values[counted] > 0
     assert values["process_resident_memory_bytes"] > 0
 
 
