@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from arbl2.engine import Engine
     from arbl2.errors import Arbl2Error
     from arbl2.frames import ExchangeId, Frame, FrameBlock, FrameKind
+    from arbl2.live_feed import MultiExchangeL2Provider, live
     from arbl2.policy import Ask, Policy, ThresholdPolicy, View
     from arbl2.tape import TapeReader
     from arbl2.zones import CalibrationTable
     from arbl2_calibration import calibrate
     from arbl2_recorder import RecordConfig, record, recover
     from arbl2_replay import replay
+    from arbl2_replay.travel import Travel
 
 __version__ = "0.1.0"
 
@@ -36,13 +38,16 @@ _HOMES = {
     "Frame": "arbl2.frames",
     "FrameBlock": "arbl2.frames",
     "FrameKind": "arbl2.frames",
+    "MultiExchangeL2Provider": "arbl2.live_feed",
     "Policy": "arbl2.policy",
     "RecordConfig": "arbl2_recorder",
     "RunConfig": "arbl2.config",
     "TapeReader": "arbl2.tape",
     "ThresholdPolicy": "arbl2.policy",
+    "Travel": "arbl2_replay.travel",
     "View": "arbl2.policy",
     "calibrate": "arbl2_calibration",
+    "live": "arbl2.live_feed",
     "record": "arbl2_recorder",
     "recover": "arbl2_recorder",
     "replay": "arbl2_replay",
@@ -57,14 +62,17 @@ __all__ = [
     "Frame",
     "FrameBlock",
     "FrameKind",
+    "MultiExchangeL2Provider",
     "Policy",
     "RecordConfig",
     "RunConfig",
     "TapeReader",
     "ThresholdPolicy",
+    "Travel",
     "View",
     "__version__",
     "calibrate",
+    "live",
     "record",
     "recover",
     "replay",

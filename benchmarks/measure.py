@@ -80,7 +80,10 @@ class Stages:
         return in_decode, in_loop
 
     def replay(self) -> None:
-        replay(self.session, CONFIG)
+        replay(self.session, CONFIG, decoded=False)
+
+    def replay_decoded(self) -> None:
+        replay(self.session, CONFIG, decoded=True)
 
     def plain_loop(self) -> None:
         plain.run(self.session, CONFIG, self.shift_ns)
@@ -112,6 +115,7 @@ class Stages:
         parts = ("decode: messages in memory to book updates", "the loop alone: book updates to decisions and fills")
         stages: list[tuple[str, Callable[[], None]]] = [
             ("replay from raw: Parquet to key figures (`arbl2_replay.replay`)", self.replay),
+            ("replay from the decoded store, all of it", self.replay_decoded),
             ("plain loop from raw: pyarrow, orjson, Python integers", self.plain_loop),
         ]
         taken: dict[str, list[float]] = {name: [] for name in (*parts, *(name for name, _ in stages))}

@@ -13,7 +13,6 @@ from benchmarks.market import DATA, tape
 from benchmarks.measure import ROOT, machine
 from benchmarks.peers import books, environments
 from benchmarks.peers.decisions import BINANCE, ENTRY_BPS, FX, LATENCY_NS, UPBIT, checksum, decide
-from benchmarks.peers.ours import reads_decoded
 from benchmarks.peers.report import BUILD, CONVERT, Engine, Figures, conversion_table, put, ratios, table
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     session, folder = tape(options.messages), FOLDER / f"feed-{options.messages}"
     folder.mkdir(parents=True, exist_ok=True)
-    engines = [engine for engine in ENGINES if engine.key != "decoded" or reads_decoded()]
+    engines = list(ENGINES)
     if len(engines) < len(ENGINES):
         print("arbl2 decoded is left out: this arbl2_replay.replay has no `decoded`", file=sys.stderr)
     figures = measure(session, folder, engines, options.messages, options.rounds)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from arbl2.config import AggregatorConfig, PaperConfig, PolicyConfig, RunConfig
 from arbl2.events import Direction
@@ -53,15 +51,9 @@ def run_config(entry_bps: float = ENTRY_BPS) -> RunConfig:
 CONFIG = run_config()
 
 
-def reads_decoded() -> bool:
-    """Whether this arbl2 has the decoded store."""
-    return "decoded" in inspect.signature(replay).parameters
-
-
 def run(session: Path, *, decoded: bool, out: Path | None = None) -> RunResult:
     """One replay, from Parquet to key figures, with the hashes of the tape checked."""
-    more: dict[str, Any] = {"decoded": True} if decoded else {}
-    return replay(session, CONFIG, out=out, **more)
+    return replay(session, CONFIG, out=out, decoded=decoded)
 
 
 def kept(session: Path, *, decoded: bool) -> tuple[str, Decisions, float]:

@@ -30,7 +30,8 @@ _COLUMNS = ("what", "reason", "book", "exchange_ms", "first_id", "update_id", "c
 
 def decode_ahead(batches: Iterator[Batch], universe: Universe) -> Generator[Batch]:
     """The batches with what is not decoded yet decoded ahead; a block of them must be fed before the next one is asked for."""
-    free = [_Room(universe) for _ in range(_AHEAD)]
+    free: list[_Room] = []
+    rooms = 0
     waiting: deque[tuple[FrameBlock, _Room]] = deque()
     with ThreadPoolExecutor(_WORKERS, thread_name_prefix="arbl2-decode") as pool:
         for block, decode in batches:
@@ -40,7 +41,10 @@ def decode_ahead(batches: Iterator[Batch], universe: Universe) -> Generator[Batc
                 yield block, decode
                 continue
             for part in parts(block):
-                if not free:
+                if not free and rooms < _AHEAD:
+                    free.append(_Room(universe))
+                    rooms += 1
+                elif not free:
                     yield from _next(waiting, free)
                 waiting.append((part, free.pop()))
                 waiting[-1][1].start(pool, part)
