@@ -45,7 +45,7 @@ def book(
     from arbl2 import cli
     from arbl2.tape import find_session
 
-    with cli._said_if_slow("compiling the kernels, once after an installation: up to half a minute"):
+    with cli._said_if_slow("compiling the kernels, once after an installation: some ten seconds"):
         from arbl2_replay.moments import Moment
         from arbl2_replay.travel import Travel
         from arbl2_replay.travel_report import book_report, find, to_json
