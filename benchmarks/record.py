@@ -42,11 +42,11 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from arbl2.errors import Arbl2Error
-from arbl2.frames import UPBIT, Anchor, Flag, FrameKind, Op
+from arbl2.frames import HEAD, UPBIT, Anchor, Flag, FrameKind, Op
 from arbl2.tape import LOG, TAPE_VERSION, Manifest, TapeReader
 from arbl2_recorder import Endpoints, RecordConfig, record
 from arbl2_recorder.clock import stamp
-from arbl2_recorder.log import HEAD, encode_batch
+from arbl2_recorder.log import encode_batch
 from arbl2_recorder.seal import seal_log
 from arbl2_recorder.session import Session
 from arbl2_recorder.writer import LogWriter

@@ -20,7 +20,8 @@ from arbl2.config import RunConfig
 from arbl2.tape import Manifest, load_manifest
 from arbl2_replay import replay
 from benchmarks.day import COINS, SECOND_NS, START_NS, Day, tape
-from benchmarks.measure import ROOT, machine
+from benchmarks.document import write
+from benchmarks.measure import machine
 from benchmarks.record import _answer, _peak_rss_mb, _run, verdict
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-DOCUMENT = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- figures of a day: written by `python -m benchmarks.scale --write` -->", "<!-- end of figures -->"
 HOUR_NS = 3_600 * SECOND_NS
 PARTS = 24
@@ -194,15 +194,6 @@ def judge(whole: Measured, course: Course, hours: float) -> bool:
     return holds & verdict("CPU time per message", grown <= MOST_GROWTH, said)
 
 
-def write(path: Path, text: str) -> None:
-    """Put the figures between the markers of the document."""
-    head, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{path} has no markers for the figures; put {BEGIN} and {END} where they belong.")
-    path.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description="Replay a whole day.")
     parser.add_argument("--hours", type=float, default=24.0, help="length of the tape (default: 24)")
@@ -219,7 +210,7 @@ def main() -> None:
     text = report(manifest, [("all of it", whole), *runs], course, load)
     print(f"{text}\n")
     if options.write:
-        write(DOCUMENT, text)
+        write(text, BEGIN, END)
     raise SystemExit(not judge(whole, course, day.hours))
 
 

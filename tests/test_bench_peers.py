@@ -12,11 +12,12 @@ from arbl2.engine import Engine
 from arbl2.frames import FrameKind
 from arbl2.tape import TapeReader
 from benchmarks import market, plain
+from benchmarks.document import put
 from benchmarks.peers import books, events, feed
 from benchmarks.peers.__main__ import ENGINES
 from benchmarks.peers.decisions import BINANCE, FX, UPBIT, checksum, decide
 from benchmarks.peers.ours import run_config
-from benchmarks.peers.report import BEGIN, BUILD, CONVERT, END, Figures, Ratio, conversion_us, put, ratios
+from benchmarks.peers.report import BEGIN, BUILD, CONVERT, END, Figures, Ratio, conversion_us, ratios
 
 ENTRY_BPS = 8.0
 """Low enough for a short tape."""
@@ -137,6 +138,6 @@ def test_the_best_peer_and_its_whole_conversion_are_what_counts():
 
 
 def test_figures_go_between_their_markers_and_nowhere_else():
-    assert put(f"a {BEGIN} old {END} b", "new") == f"a {BEGIN}\n\nnew\n\n{END} b"
+    assert put(f"a {BEGIN} old {END} b", "new", BEGIN, END) == f"a {BEGIN}\n\nnew\n\n{END} b"
     with pytest.raises(SystemExit, match="no markers"):
-        put("a b", "new")
+        put("a b", "new", BEGIN, END)

@@ -9,16 +9,16 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.document import write
 from benchmarks.market import DATA, tape
 from benchmarks.measure import ROOT, machine
 from benchmarks.peers import books, environments
 from benchmarks.peers.decisions import BINANCE, ENTRY_BPS, FX, LATENCY_NS, UPBIT, checksum, decide
-from benchmarks.peers.report import BUILD, CONVERT, Engine, Figures, conversion_table, put, ratios, table
+from benchmarks.peers.report import BEGIN, BUILD, CONVERT, END, Engine, Figures, conversion_table, ratios, table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-DOCUMENT = ROOT / "docs" / "performance.md"
 FOLDER = DATA / "peers"
 BUSY = 0.7
 ENGINES = (
@@ -109,7 +109,7 @@ def main() -> None:
     )
     print(text)
     if options.write:
-        DOCUMENT.write_text(put(DOCUMENT.read_text(encoding="utf-8"), text), encoding="utf-8")
+        write(text, BEGIN, END)
     if len(engines) < len(ENGINES) or not all(claim.holds for claim in claims):
         raise SystemExit(1)
 

@@ -141,12 +141,3 @@ def ratios(engines: Sequence[Engine], figures: Mapping[str, Figures]) -> list[Ra
             Ratio(f"arbl2 decoded against the run of {nautilus.name} alone", run("decoded"), run(nautilus.key), 3.0),
         ]
     return found
-
-
-def put(document: str, text: str) -> str:
-    """The document with the figures between its markers. Raises SystemExit if it has none."""
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"there are no markers for the figures; put {BEGIN} and {END} where they belong.")
-    return f"{head}{begin}\n\n{text}\n\n{end}{tail}"

@@ -17,29 +17,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arbl2.frames import KIND_NAMES, OP_NAMES, VENUES, Anchor, FrameBlock
+from arbl2.frames import HEAD, HEAD_DTYPE, KIND_NAMES, OP_NAMES, VENUES, Anchor, FrameBlock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 MAGIC = b"A2L1"
-HEAD = struct.Struct("<qqqiiBBBBI")
-"""One frame: seq, recv_ns, mono_ns, conn, queue_us, venue, kind, op, flags, payload length."""
-HEAD_DTYPE = np.dtype(
-    [
-        ("seq", "<i8"),
-        ("recv_ns", "<i8"),
-        ("mono_ns", "<i8"),
-        ("conn", "<i4"),
-        ("queue_us", "<i4"),
-        ("venue", "u1"),
-        ("kind", "u1"),
-        ("op", "u1"),
-        ("flags", "u1"),
-        ("size", "<u4"),
-    ]
-)
 _FRONT = struct.Struct("<4sI")
 _COUNTS = struct.Struct("<II")
 _HEADS_AT = _FRONT.size + _COUNTS.size
@@ -122,18 +106,4 @@ def decode_batch(batch: bytes, anchor: Anchor) -> FrameBlock | None:
     )
     if offsets[-1] != body or not known:
         return None
-    mono_ns = head["mono_ns"].copy()
-    return FrameBlock(
-        seq=head["seq"].copy(),
-        time_ns=mono_ns + np.int64(anchor.wall_ns - anchor.mono_ns),
-        recv_ns=head["recv_ns"].copy(),
-        mono_ns=mono_ns,
-        venue=head["venue"].copy(),
-        conn=head["conn"].copy(),
-        kind=head["kind"].copy(),
-        op=head["op"].copy(),
-        queue_us=head["queue_us"].copy(),
-        flags=head["flags"].copy(),
-        offsets=offsets.astype(np.int32),
-        data=np.frombuffer(batch, np.uint8, count=body, offset=_HEADS_AT + rows * HEAD.size),
-    )
+    return FrameBlock.from_heads(head, memoryview(batch)[_HEADS_AT + rows * HEAD.size :], anchor)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from arbl2.frames import VENUES, Anchor, Flag, Frame, FrameKind, Op
+from arbl2.frames import HEAD, VENUES, Anchor, Flag, Frame, FrameKind, Op
 from arbl2_recorder import clock
-from arbl2_recorder.log import HEAD
 
 if TYPE_CHECKING:
     from arbl2_recorder.clock import ClockOffset

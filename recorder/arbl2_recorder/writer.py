@@ -15,10 +15,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from arbl2.errors import StorageError
+from arbl2.frames import HEAD
 from arbl2.places import sync_folder
 from arbl2.tape import LOG
 from arbl2_recorder import clock
-from arbl2_recorder.log import HEAD, encode_batch
+from arbl2_recorder.log import encode_batch
 from arbl2_recorder.storage import storage_error
 from arbl2_recorder.syncer import Syncer
 
@@ -101,7 +102,7 @@ class LogWriter:
         self._thread.start()
 
     def append(self, head: bytes, payload: bytes) -> None:
-        """Queue one frame (head packed by ``log.HEAD``). Never waits for the disk."""
+        """Queue one frame (head packed by ``frames.HEAD``). Never waits for the disk."""
         cost = len(payload) + FRAME_OVERHEAD
         with self._lock:
             batch = self._open_batch

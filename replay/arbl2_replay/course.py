@@ -170,7 +170,7 @@ class Course:
             self._engine.feed(piece if step >= count else piece.slice(start, min(start + step, count)), self._decode)
         self.drain()
         if (piece.kind == FrameKind.ALARM).any():
-            self.alarms.update(_alarms(piece))
+            self.alarms.update(alarms_in(piece))
         self.place = self.place.after(piece)
         self._last = (int(piece.time_ns[-1]), int(piece.seq[-1]))
         if self._steering is not None:
@@ -311,7 +311,7 @@ class _Alarm(msgspec.Struct):
     alarm: str = "unnamed"
 
 
-def _alarms(block: FrameBlock) -> list[str]:
+def alarms_in(block: FrameBlock) -> list[str]:
     """Names of the alarms that the recorder left in a block."""
     names = []
     for i in np.flatnonzero(block.kind == FrameKind.ALARM).tolist():

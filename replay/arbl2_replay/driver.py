@@ -183,7 +183,7 @@ def replay(
             return result
         run_dir = None
         if sink is not None:
-            run_dir = sink.commit(f"{result.session}-{result.digest[:8]}", _summary(reading, config, engine, result))
+            run_dir = sink.commit(f"{result.session}-{result.digest[:8]}", summary_of(reading, config, engine, result))
         if keeper is not None:
             keeper.forget()
     return RunResult(**{**_fields(result), "run_dir": run_dir})
@@ -216,7 +216,8 @@ class _Progress:
             self._tell(done, total)
 
 
-def _summary(reading: Reading, config: RunConfig, engine: Engine, result: RunResult) -> dict[str, Any]:
+def summary_of(reading: Reading, config: RunConfig, engine: Engine, result: RunResult) -> dict[str, Any]:
+    """What ``run.json`` says of a run."""
     pairs = engine.state.pairs
     part = reading.part
     return {

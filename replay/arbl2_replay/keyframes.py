@@ -13,13 +13,11 @@ until that is more than half of them; then it is kept as a whole and is the base
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import logging
 import os
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,10 +31,11 @@ from arbl2.frames import FrameKind
 from arbl2.providers import base as provider
 from arbl2.providers import binance, upbit
 from arbl2.updates import MAX_BLOCK
+from arbl2_replay.store_format import source_version
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
-    from types import ModuleType
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -108,20 +107,13 @@ _HEADER = msgspec.json.Decoder(_Header)
 def chain(manifest: Manifest, depth: str) -> list[str]:
     """The key of each segment's keyframes; ``depth`` is ``AggregatorConfig.binance_depth``."""
     instruments = {str(venue): sorted(names) for venue, names in manifest.instruments.items()}
-    above = [_version(_MADE_BY), instruments, [manifest.anchor_wall_ns, manifest.anchor_mono_ns], depth]
+    above = [source_version(*_MADE_BY), instruments, [manifest.anchor_wall_ns, manifest.anchor_mono_ns], depth]
     key = hashlib.sha256(msgspec.json.encode(above, order="deterministic")).hexdigest()
     keys = []
     for segment in manifest.segments:
         key = hashlib.sha256(f"{key}{segment.sha256}".encode()).hexdigest()
         keys.append(key)
     return keys
-
-
-@functools.cache
-def _version(modules: tuple[ModuleType, ...]) -> str:
-    """One hash over their sources."""
-    sources = [hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest() for module in modules]
-    return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
 def mark(state: State, number: int) -> int:

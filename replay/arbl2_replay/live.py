@@ -22,14 +22,13 @@ from arbl2.config import RunConfig
 from arbl2.engine import Engine
 from arbl2.errors import EngineError
 from arbl2.events import Direction, Intent
-from arbl2.frames import Anchor, ExchangeId
+from arbl2.frames import Anchor, ExchangeId, FrameBlock
 from arbl2.policy import Ask
 from arbl2.tape import write_atomically
-from arbl2_replay.course import _alarms as alarms_in
-from arbl2_replay.driver import RunResult
-from arbl2_replay.driver import _summary as summary_of
+from arbl2_replay.course import alarms_in
+from arbl2_replay.driver import RunResult, summary_of
 from arbl2_replay.histogram import Histogram
-from arbl2_replay.journal import LIVE_JSON, FedDigest, Journal, Mark, pack
+from arbl2_replay.journal import LIVE_JSON, FedDigest, Journal, Mark
 from arbl2_replay.kpi import Kpi
 from arbl2_replay.reading import open_reading
 from arbl2_replay.sinks import EarlierRows, RunSink
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
     from arbl2.aggregator import MultiExchangeL2Snapshot
     from arbl2.engine import Events
-    from arbl2.frames import Frame, FrameBlock
+    from arbl2.frames import Frame
     from arbl2.policy import Policy, View
     from arbl2.tape import Manifest
     from arbl2_replay.histogram import Latency
@@ -151,10 +150,10 @@ class LiveRun:
     def take(self, frames: Sequence[Frame]) -> None:
         """The next frames of the tape: one, or more where the run is behind."""
         assert self._journal is not None
-        packed = pack(frames, self._anchor)
+        block = FrameBlock.from_frames(frames, self._anchor)
         with self._lock:
             started_ns = time.monotonic_ns()
-            self._engine.feed(packed.block)
+            self._engine.feed(block)
             ended_ns = time.monotonic_ns()
             events = self._engine.drain()
             if len(events.decisions) or len(events.fills):
@@ -163,12 +162,12 @@ class LiveRun:
         for frame in frames:
             self._frame.add(ended_ns - frame.mono_ns)
             self._stamp.add(frame.queue_us * 1_000)
-        self._fed.add(packed)
+        self._fed.add(block)
         if len(events.decisions) or len(events.fills):
             self._events.append(events)
             for seq in np.unique(events.decisions["seq"]).tolist():
                 self._decision.add(ended_ns - frames[seq - frames[0].seq].mono_ns)
-        self._count(packed.block)
+        self._count(block)
         if ended_ns - self._marked_ns >= MARK_NS:
             self._marked_ns = ended_ns
             self.mark()
@@ -290,7 +289,7 @@ def _warm() -> None:
     for policy in (None, _Asks()):
         engine = Engine(manifest.instruments, RunConfig(), policy=policy)
         for frame in frames:
-            engine.feed(pack([frame], manifest.anchor).block)
+            engine.feed(FrameBlock.from_frames([frame], manifest.anchor))
         engine.aggregator.snapshot("BTC")
         Kpi(engine).result()
         engine.digest()

@@ -30,7 +30,6 @@ from arbl2.tape import RECORDING, TapeReader, find_session, session_place, sessi
 from arbl2_replay.decode_ahead import decode_ahead
 from arbl2_replay.interleave import interleave, only
 from arbl2_replay.moments import Kind, Moment
-from arbl2_replay.raw import groups_of, read_groups
 from arbl2_replay.steering import SESSION_BITS
 from arbl2_replay.store import SegmentStore, find_store, make_store
 from arbl2_replay.store_read import read_slices
@@ -44,8 +43,7 @@ if TYPE_CHECKING:
     from arbl2.book import Universe
     from arbl2.engine import Decode
     from arbl2.frames import FrameBlock
-    from arbl2.tape import Manifest
-    from arbl2_replay.raw import Group
+    from arbl2.tape import GroupSpan, Manifest
 
     Batch = tuple[FrameBlock, Decode | None]
 
@@ -192,10 +190,8 @@ class Reading:
         if self.part.is_all and left.skips(source.rows):
             return
         self.counts.raw_segments += 1
-        reader, number = session.reader, source.number
-        whole = source.groups is None
         keep = self.part.codes
-        for block in _whole(reader, number) if whole else read_groups(reader, number, source.groups or ()):
+        for _, block in session.reader.groups(source.number, source.groups):
             self.counts.groups_read += 1
             part = block.slice(*trim.rows(block))
             yield _ranked(only(part, keep[part.venue]) if self.part.venues else part, session.rank), None
@@ -271,10 +267,6 @@ def read_ahead(batches: Iterator[T]) -> Generator[T]:
         while (batch := waiting.result()) is not None:
             waiting = pool.submit(next, batches, None)
             yield batch
-
-
-def _whole(reader: TapeReader, number: int) -> Iterator[FrameBlock]:
-    return (block for _, block in reader.groups(number))
 
 
 def _ranked(block: FrameBlock, rank: int) -> FrameBlock:
@@ -373,7 +365,7 @@ def _rank(sessions: list[Session], *, needs_times: bool) -> None:
 def _span(reader: TapeReader) -> tuple[int, int]:
     """Engine time of the first frame, and the latest there is."""
     first = next(block for _, block in reader.groups(0))
-    latest = max(group.last_mono_ns for number in range(len(reader.manifest.segments)) for group in groups_of(reader, number))
+    latest = max(group.last_mono_ns for number in range(len(reader.manifest.segments)) for group in reader.group_spans(number))
     return int(first.time_ns[0]), reader.anchor.time_ns(latest)
 
 
@@ -425,7 +417,7 @@ class _Planner:
         choice = _Choice(self._part, reader)
         found = []
         for number, segment in enumerate(reader.manifest.segments):
-            groups = [] if self._part.is_all else groups_of(reader, number)
+            groups = [] if self._part.is_all else reader.group_spans(number)
             if groups and not choice.is_any_of(groups):
                 self.left_out += len(groups)
                 continue
@@ -440,7 +432,7 @@ class _Planner:
                 found.append(_Source(number, segment.rows))
         return found
 
-    def _chosen(self, choice: _Choice, number: int, groups: list[Group], store: SegmentStore | None) -> _Source:
+    def _chosen(self, choice: _Choice, number: int, groups: list[GroupSpan], store: SegmentStore | None) -> _Source:
         wanted = []
         for group in groups:
             if choice.wants(group):
@@ -471,7 +463,7 @@ class _Choice:
         self._has_begun = part.start_ns is None
         self.is_over = False
 
-    def is_any_of(self, groups: list[Group]) -> bool:
+    def is_any_of(self, groups: list[GroupSpan]) -> bool:
         """Whether one of a segment's groups is wanted. If none is, they are done with."""
         ahead = copy.copy(self)
         if any([ahead.wants(group) for group in groups]):  # noqa: C419 - each of them moves it on
@@ -479,7 +471,7 @@ class _Choice:
         self._has_begun, self.is_over = ahead._has_begun, ahead.is_over
         return False
 
-    def wants(self, group: Group) -> bool:
+    def wants(self, group: GroupSpan) -> bool:
         """Whether the group may hold a frame that is wanted, or the frame at which that begins or ends."""
         if self.is_over:
             return False

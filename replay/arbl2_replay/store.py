@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from arbl2.errors import StorageError, TapeError
-from arbl2.tape import sha256_of
-from arbl2_replay.raw import Group
+from arbl2.tape import GroupSpan, sha256_of
 from arbl2_replay.store_build import build
 from arbl2_replay.store_format import DECODED, Files, Kept, Stamp, believed, changed_tape, instrument_names, load_index
 
@@ -30,10 +29,10 @@ class SegmentStore:
     index: Index
 
     @property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[GroupSpan]:
         """Its slices, as row groups of a raw segment are described."""
         return [
-            Group(k, part.rows, part.first_mono_ns, part.last_mono_ns, frozenset(part.venues))
+            GroupSpan(k, part.rows, part.first_mono_ns, part.last_mono_ns, frozenset(part.venues))
             for k, part in enumerate(self.index.slices)
         ]
 

@@ -24,7 +24,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from arbl2 import decoding, frames, money, providers, scan, updates
+from arbl2 import decoding, engine, frames, money, providers, scan, updates
 from arbl2.errors import TapeError
 from arbl2.frames import VENUES, ExchangeId
 from arbl2.tape import sha256_of
@@ -33,6 +33,7 @@ from arbl2_replay import store_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from types import ModuleType
 
     from numpy.typing import NDArray
 
@@ -160,11 +161,16 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
 @functools.cache
 def decoder_version() -> str:
     """One hash over the source of everything that decides what is in a store."""
+    return source_version(
+        *(decoding, engine, frames, money, scan, updates, store_kernels),
+        files=(*sorted(Path(providers.__file__).parent.glob("*.py")), Path(__file__), Path(__file__).with_name("store_build.py")),
+    )
+
+
+def source_version(*modules: ModuleType, files: tuple[Path, ...] = ()) -> str:
+    """One hash over sources: what was made by other ones is made anew."""
     digest = hashlib.sha256()
-    folder = Path(providers.__file__).parent
-    modules = [Path(str(module.__file__)) for module in (decoding, frames, money, scan, updates, store_kernels)]
-    ours = [Path(__file__), Path(__file__).with_name("store_build.py")]
-    for path in (*modules, *sorted(folder.glob("*.py")), *ours):
+    for path in (*(Path(str(module.__file__)) for module in modules), *files):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 

@@ -9,10 +9,8 @@ monotonic stamps, as everywhere in arbl2.
 from __future__ import annotations
 
 import bisect
-import functools
 import logging
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,10 +28,11 @@ from arbl2.tape import RECORDING, TapeReader
 from arbl2.updates import HOME_LEVELS, MAX_BLOCK, UpdateBlock, What
 from arbl2_replay.keyframes import FOLDER, DamagedError, Shelf, chain, mark, put, segment_body
 from arbl2_replay.moments import Kind, Moment, utc
+from arbl2_replay.reading import read_ahead
 from arbl2_replay.warm import warm_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -452,7 +451,7 @@ class Travel:
             before = found[k - 1] if k else None
             if stands_at != k and before is not None:
                 engine = self._at_end_of(k - 1, before)
-            blocks = _read_ahead(self._reader.groups(k))
+            blocks = read_ahead(self._reader.groups(k))
             body = segment_body(self._keys[k], blocks, engine, (segments[k].bytes, segments[k].rows), count)
             found[k], stands_at = self._shelf.keep(self._stem(k), self._keys[k], body), k + 1
         self.index = [keys for keys in found if keys is not None]
@@ -495,13 +494,3 @@ class Travel:
 
     def _stem(self, segment: int) -> str:
         return self._reader.manifest.segments[segment].file.removesuffix(".parquet")
-
-
-def _read_ahead(source: Iterator[T]) -> Iterator[T]:
-    """What the source gives, with the next one read while the caller works on the current one."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="arbl2-read") as pool:
-        step = functools.partial(next, source, None)
-        waiting = pool.submit(step)
-        while (item := waiting.result()) is not None:
-            waiting = pool.submit(step)
-            yield item

@@ -211,7 +211,7 @@ def _again(job: Job, seq: int) -> tuple[Fed, str]:
     fed = FedDigest()
     engine = Engine(job.reader.manifest.instruments, job.config, policy=job.new_policy())
     for block in cut(job.reader.blocks(), seq):
-        fed.add_block(block)
+        fed.add(block)
         engine.feed(block)
         engine.drain()
     return fed.fed(), engine.digest()

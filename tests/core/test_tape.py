@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from arbl2.errors import TapeError
-from arbl2.frames import Anchor, FrameKind, Op
+from arbl2.frames import Anchor, Frame, FrameBlock, FrameKind, Op
 from arbl2.tape import (
     MANIFEST,
     MAX_GROUP_ROWS,
@@ -426,3 +426,20 @@ def test_a_manifest_comes_back_as_it_was(tmp_path):
     assert load_manifest(tmp_path).anchor == Anchor(ANCHOR.wall_ns, ANCHOR.mono_ns)
     assert msgspec.json.decode((tmp_path / MANIFEST).read_bytes(), type=Manifest) == said
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+
+
+def test_a_block_of_frames_has_their_columns():
+    anchor = Anchor(10**18, 77)
+    frames = [
+        Frame(5, 10**18 + 3, 80, "upbit", 2, FrameKind.MESSAGE, Op.BINARY, b"abc", 9, 1),
+        Frame(6, 10**18 + 1, 81, "", 0, FrameKind.CLOCK, Op.NONE, b""),
+        Frame(7, 10**18 + 2, 2**62, "binance", 2**20, FrameKind.ALARM, Op.NONE, "한".encode()),
+    ]
+    for some in (frames, frames[1:2], []):
+        block = FrameBlock.from_frames(some, anchor)
+        assert [block.frame(i) for i in range(len(block))] == some
+        assert block.time_ns.tolist() == [anchor.time_ns(frame.mono_ns) for frame in some]
+        columns = (block.seq, block.time_ns, block.conn, block.queue_us, block.venue, block.offsets)
+        assert [column.dtype.name for column in columns] == ["int64", "int64", "int32", "int32", "uint8", "int32"]
+        again = FrameBlock.from_heads(block.heads(), block.data.tobytes(), anchor)
+        assert [again.frame(i) for i in range(len(again))] == some

@@ -19,10 +19,9 @@ import zlib
 import pytest
 
 from arbl2.errors import StorageError
-from arbl2.frames import FrameKind, Op
+from arbl2.frames import HEAD, FrameKind, Op
 from arbl2.tape import LOG, TapeReader, sessions
 from arbl2_recorder import record, recover
-from arbl2_recorder.log import HEAD
 from arbl2_recorder.writer import SYNC_BYTES, LogWriter, log_path
 
 NOISE = random.Random(3).randbytes(4_000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -18,7 +18,7 @@ from arbl2.tape import TapeReader, load_manifest, write_session
 from arbl2_replay import replay
 from arbl2_replay.altered import with_ties_permuted
 from arbl2_replay.histogram import Histogram
-from arbl2_replay.journal import FedDigest, pack, read_live_file
+from arbl2_replay.journal import FedDigest, read_live_file
 from arbl2_replay.live import LiveRun
 from arbl2_replay.synth import SynthConfig, synth_frames, synth_manifest
 from arbl2_replay.verify import find_live_run, find_tape, verify_live
@@ -292,22 +292,11 @@ def test_frames_add_up_to_one_digest_one_by_one_or_in_blocks(tape):
     single, blocks = FedDigest(), FedDigest()
     reader = TapeReader(tape)
     for frame in reader.frames():
-        single.add(pack([frame], reader.anchor))
+        single.add(FrameBlock.from_frames([frame], reader.anchor))
     for block in TapeReader(tape).blocks():
-        blocks.add_block(block.slice(0, 100))
-        blocks.add_block(block.slice(100, len(block)))
+        blocks.add(block.slice(0, 100))
+        blocks.add(block.slice(100, len(block)))
     assert single.fed() == blocks.fed()
-
-
-def test_packed_frames_are_the_block_that_they_are_otherwise_made_into(tape):
-    reader = TapeReader(tape)
-    frames = list(itertools.islice(reader.frames(), 200))
-    for some in (frames, frames[50:51]):
-        ours, theirs = pack(some, reader.anchor).block, FrameBlock.from_frames(some, reader.anchor)
-        for field in fields(FrameBlock):
-            a, b = getattr(ours, field.name), getattr(theirs, field.name)
-            assert a.dtype == b.dtype
-            assert np.array_equal(a, b), field.name
 
 
 def test_a_histogram_is_within_two_percent():
