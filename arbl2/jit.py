@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numba
 import numpy as np
+from llvmlite.binding import parse_assembly
+from numba.core import codegen, compiler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 
 # _nrt=False: kernels own no memory, so arrays passed from kernel to kernel need no reference counting (a fifth of the loop's
 # time when there were many). It also makes numba refuse a kernel that allocates.
-_OPTIONS: Any = {"nogil": True, "_nrt": False}
+# No door for C: nobody calls kernels by their address.
+_OPTIONS: Any = {"nogil": True, "_nrt": False, "no_cfunc_wrapper": True}
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -36,10 +39,49 @@ def kernel(function: F) -> F:
         return cast("F", numba.njit(**_OPTIONS)(function))
 
 
+def _part_compiler() -> Any:
+    """numba's own compiler, but the code of a part is left as it was written until it stands in a kernel.
+
+    numba optimises every function that it compiles and makes machine code of it, each time with all that the function calls: what
+    stands ten calls deep is done ten times, and only the last time counts. That was two fifths of the time to compile the loop.
+    A numba that is built otherwise takes longer, and nothing else changes.
+    """
+    library: Any = getattr(codegen, "JITCodeLibrary", None)
+    whole: Any = getattr(compiler, "Compiler", None)
+    if library is None or whole is None:
+        return None
+
+    class Code(library):  # type: ignore[misc]
+        _final_module: Any
+
+        def _optimize_final_module(self) -> None:
+            pass
+
+        def _finalize_final_module(self) -> None:
+            # numba wants the address of one variable of each function at once, so that alone becomes machine code now
+            code = self._final_module
+            names = [variable.name for variable in code.global_variables if variable.name.startswith("_ZN08NumbaEnv")]
+            self._final_module = parse_assembly("".join(f'@"{name}" = common global i64 0\n' for name in names))
+            super()._finalize_final_module()
+            self._final_module = code
+
+    class PartCompiler(whole):  # type: ignore[misc]
+        def define_pipelines(self) -> Any:
+            """The passes of numba. Called first of all, when it is known which function is compiled."""
+            self.state.library = Code(self.state.targetctx.codegen(), self.state.func_id.func_qualname)
+            return super().define_pipelines()
+
+    return PartCompiler
+
+
+_PART_OPTIONS: Any = {**_OPTIONS, "no_cpython_wrapper": True}
+if (_compiler := _part_compiler()) is not None:
+    _PART_OPTIONS["pipeline_class"] = _compiler
+
+
 def part(function: F) -> F:
     """Compile a kernel that only kernels call: no door for Python, no copy of its own on disk."""
-    options = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return cast("F", numba.njit(**options)(function))
+    return cast("F", numba.njit(**_PART_OPTIONS)(function))
 
 
 def zeros(dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -10,6 +10,8 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from arbl2.decoding import Decoder, parts
 from arbl2.updates import HOME_LEVELS, UpdateBlock
 
@@ -70,7 +72,12 @@ class _Room:
     def start(self, pool: ThreadPoolExecutor, block: FrameBlock) -> None:
         self._at = 0
         self._updates.cursor[0] = HOME_LEVELS
-        self._done = pool.submit(self._decoder.decode, block, self._updates)
+        self._done = pool.submit(self._decode, block)
+
+    def _decode(self, block: FrameBlock) -> int:
+        # checksums wrap on purpose, which NumPy reports when the kernels run uncompiled
+        with np.errstate(over="ignore"):
+            return self._decoder.decode(block, self._updates)
 
     def copy(self, block: FrameBlock, u: UpdateBlock) -> int:
         """Stands in for ``Engine.decode``: the next rows of the block that was decoded here."""

@@ -1,7 +1,7 @@
 """The first start after an installation: compile the kernels, on two processor cores and outside this process.
 
-numba compiles one kernel at a time in a process, and what it took for that is never given back. The decoders and the loop share
-no kernel, so two processes compile them at the same time and leave them in numba's cache, where this one finds them.
+numba compiles one kernel at a time in a process, and what it took for that is never given back. So two processes compile the
+loop and everything else at the same time and leave the kernels in numba's cache, where this one finds them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 
 from arbl2 import engine, scan
 
-_PARTS = ("warm_decoders", "warm_loop")
+_PARTS = ("warm_loop", "warm_rest")
+# Nothing of what numba builds can be thrown away before it is done, and looking for it took a seventh of the time.
+_PROGRAM = "import gc; gc.disable(); from arbl2 import engine; engine.{}()"
 
 
 @functools.cache
@@ -24,7 +26,7 @@ def warm_up() -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         helpers = [
             subprocess.Popen(  # noqa: S603 - this interpreter, our own words
-                [sys.executable, "-c", f"from arbl2 import engine; engine.{part}()"],
+                [sys.executable, "-c", _PROGRAM.format(part)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -34,8 +36,8 @@ def warm_up() -> None:
         ]
         for helper in helpers:
             helper.wait()  # whatever became of it: what is not in the cache now is compiled below
-    engine.warm_decoders()
     engine.warm_loop()
+    engine.warm_rest()
 
 
 def _compiled_before() -> bool:
