@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from arbl2.policy import Ask, Policy, ThresholdPolicy, View
     from arbl2.tape import TapeReader
     from arbl2.zones import CalibrationTable
-    from arbl2_calibration import calibrate
+    from arbl2_calibration import calibrate, load_calibration
     from arbl2_recorder import RecordConfig, record, recover
     from arbl2_replay import replay
     from arbl2_replay.travel import Travel
@@ -48,6 +48,7 @@ _HOMES = {
     "View": "arbl2.policy",
     "calibrate": "arbl2_calibration",
     "live": "arbl2.live_feed",
+    "load_calibration": "arbl2_calibration",
     "record": "arbl2_recorder",
     "recover": "arbl2_recorder",
     "replay": "arbl2_replay",
@@ -73,6 +74,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "live",
+    "load_calibration",
     "record",
     "recover",
     "replay",

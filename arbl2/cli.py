@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
+    from arbl2.zones import CalibrationTable
+
 app = typer.Typer(
     name="arbl2",
     help="Record and replay Upbit and Binance order books so truthfully that a backtest can be trusted.",
@@ -320,6 +322,9 @@ def replay(
     tp_bps: Annotated[float | None, typer.Option(help="Close when entry threshold + edge back reach this.")] = None,
     size_krw: Annotated[str | None, typer.Option(help="Size of one entry in KRW.")] = None,
     max_position_krw: Annotated[str | None, typer.Option(help="Largest position of a symbol in KRW.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Say at the end what this calibration (file or folder) had predicted, and what came.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of runs.")] = RUNS,
     tapes: Annotated[str, typer.Option(help="Folder or URL to look in for the newest recording.")] = str(TAPES),
     every: Annotated[bool, typer.Option("--all", help="Every session of the folders, as one run.")] = False,
@@ -368,7 +373,20 @@ def replay(
         stop=stop,
         venues=[name.lower() for name in _names(venues or "")],
         decoded=decoded,
+        calibration=_calibration(calibration),
     )
+
+
+def _calibration(path: Path | None) -> CalibrationTable | None:
+    """The calibration that is meant, whole and checked. Raises ConfigError: whatever is wrong with it, the option is."""
+    if path is None:
+        return None
+    from arbl2_calibration import load
+
+    try:
+        return load(path)
+    except TapeError as error:
+        raise ConfigError(f"--calibration cannot be used: {error}") from None
 
 
 def _run_config(path: Path | None, symbols: str | None, **policy: float | str | None) -> Any:

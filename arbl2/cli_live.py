@@ -15,6 +15,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from arbl2.zones import CalibrationTable
     from arbl2_replay.live import LiveRun
 
 DIFFERENT = 1
@@ -44,6 +45,9 @@ def live(
     tp_bps: Annotated[float | None, typer.Option(help="Close when entry threshold + edge back reach this.")] = None,
     size_krw: Annotated[str | None, typer.Option(help="Size of one entry in KRW.")] = None,
     max_position_krw: Annotated[str | None, typer.Option(help="Largest position of a symbol in KRW.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Say at the end what this calibration (file or folder) had predicted, and what came.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of runs.")] = Path("runs"),
     tapes: Annotated[Path, typer.Option(help="Folder of recordings.")] = Path("tapes"),
     streams: Annotated[
@@ -66,6 +70,7 @@ def live(
 
     policy = {"entry_bps": entry_bps, "tp_bps": tp_bps, "size_krw": size_krw, "max_position_krw": max_position_krw}
     run_config = cli._run_config(config, symbols, **policy)
+    table = cli._calibration(calibration)
     with ExitStack() as stack:
         urls: dict[str, str | None] = {
             "upbit_ws": upbit_ws, "upbit_rest": upbit_rest, "binance_ws": binance_ws, "binance_rest": binance_rest,
@@ -80,7 +85,7 @@ def live(
             from arbl2_replay.warm import warm_up
 
             warm_up()
-        outcome = run_live(recording, run_config, runs=out, on_run=lambda run: _watched(run, stack, quiet=as_json))
+        outcome = run_live(recording, run_config, runs=out, on_run=lambda run: _watched(run, stack, table, quiet=as_json))
     if as_json:
         recorded = outcome.recording
         cli._print_json(
@@ -114,11 +119,12 @@ def _record_config(
     return dataclasses.replace(config, symbols=symbols) if symbols else config
 
 
-def _watched(run: LiveRun, stack: ExitStack, *, quiet: bool) -> Callable[[Any], None]:
-    """Who is told the recorder's status: the view, in a thread of its own."""
+def _watched(run: LiveRun, stack: ExitStack, calibration: CalibrationTable | None, *, quiet: bool) -> Callable[[Any], None]:
+    """Hand on the calibration; who is told the recorder's status: the view, in a thread of its own."""
     from arbl2_recorder.live import Aside, alarms_to_stderr
     from arbl2_replay.live_view import TradingView
 
+    run.calibration = calibration
     if quiet or not sys.stderr.isatty():
         alarms_to_stderr()
     return stack.enter_context(Aside(stack.enter_context(TradingView(run))))

@@ -233,6 +233,11 @@ class Engine:
         self.ledger.add(_joined(self._unposted, FILL_DTYPE))
         self._unposted.clear()
 
+    @property
+    def undrained(self) -> int:
+        """Event rows made since the last ``drain``."""
+        return sum(map(len, self._decisions)) + sum(map(len, self._fills))
+
     def drain(self) -> Events:
         """The event rows made since the last call, in the order written."""
         decisions, self._decisions = self._decisions, []
@@ -343,6 +348,7 @@ class Engine:
             raise ConfigError("the checkpoint is of other instruments. Resume with the tapes that it was made from.")
         if meta["config"] != self.config.canonical().decode():
             raise ConfigError("the checkpoint is of another configuration. Resume with the one that it was made with.")
+        self.drain()  # what was decided since is of the run that is left here
         try:
             unpack_books(self.state, checkpoint.arrays)
             unpack_run(self.state, checkpoint.arrays)

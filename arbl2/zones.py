@@ -16,17 +16,19 @@ from __future__ import annotations
 import hashlib
 import math
 import tomllib
-from bisect import bisect_right
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
+import numpy as np
 
 from arbl2.errors import ConfigError, TapeError
 from arbl2.frames import ExchangeId
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from numpy.typing import NDArray
 
 SCHEMA_NAME = "arbl2.calibration"
 SCHEMA_MAJOR = 1
@@ -139,15 +141,31 @@ class ZoneTable:
 
         The sign of ``edge_bps`` does not matter: it says which direction was traded, not how wide the gap was.
         """
-        edge = _cell(self.cuts.edge_bps, abs(edge_bps))
-        size = _cell(self.cuts.size_over_depth, size_over_depth)
-        latency = _cell(self.cuts.latency_ns, latency_ns)
-        if venue not in VENUES or side not in SIDES or edge is None or size is None or latency is None:
+        if venue not in VENUES or side not in SIDES:
             return None
-        place = VENUES.index(venue) * len(SIDES) + SIDES.index(side)
-        place = place * len(self.cuts.edge_bps) + edge
-        place = place * len(self.cuts.size_over_depth) + size
-        return place * len(self.cuts.latency_ns) + latency
+        state = np.array([edge_bps]), np.array([size_over_depth]), np.array([latency_ns])
+        place = int(self.places(venue, side, *state)[0])
+        return None if place < 0 else place
+
+    def places(
+        self,
+        venue: str,
+        side: str,
+        edge_bps: NDArray[np.float64],
+        size_over_depth: NDArray[np.float64],
+        latency_ns: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """As ``index``, for many market states of one venue and side at once; -1 where no zone holds one."""
+        place = np.full(len(edge_bps), VENUES.index(venue) * len(SIDES) + SIDES.index(side), dtype=np.int64)
+        outside = np.zeros(len(edge_bps), dtype=bool)
+        cuts = self.cuts
+        for lower, values in (
+            (cuts.edge_bps, np.abs(edge_bps)), (cuts.size_over_depth, size_over_depth), (cuts.latency_ns, latency_ns),
+        ):  # fmt: skip
+            place = place * len(lower) + np.searchsorted(np.array(lower), values, side="right") - 1
+            outside |= ~((values >= 0) & (values < math.inf))
+        place[outside] = -1
+        return place
 
     def select(self, venue: str, side: str, edge_bps: float, size_over_depth: float, latency_ns: int) -> Zone | None:
         """The zone that holds this market state, or None when none does."""
@@ -295,12 +313,16 @@ class Artefact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CalibrationTable:
-    """A loaded calibration: matches a market state to its zone and says which numbers hold there."""
+    """A loaded calibration: matches a market state to its zone and says which numbers hold there.
 
-    __slots__ = ("_records", "artefact", "table")
+    ``name`` is what the file or folder is called that it was read from, "" if from none.
+    """
 
-    def __init__(self, artefact: Artefact, *, where: str = "calibration") -> None:
+    __slots__ = ("_records", "artefact", "name", "table")
+
+    def __init__(self, artefact: Artefact, *, where: str = "calibration", name: str = "") -> None:
         self.artefact = artefact
+        self.name = name
         try:
             self.table = ZoneTable(artefact.config.zones, where=where)
         except ConfigError as error:
@@ -335,7 +357,7 @@ class CalibrationTable:
         return dumps(self.artefact)
 
     @classmethod
-    def loads(cls, data: bytes, *, where: str = "calibration") -> CalibrationTable:
+    def loads(cls, data: bytes, *, where: str = "calibration", name: str = "") -> CalibrationTable:
         """Read ``calibration.json``. Raises TapeError when it is foreign, of an unknown major schema, or was changed."""
         advice = "Restore it from a copy, or calibrate again."
         try:
@@ -343,8 +365,8 @@ class CalibrationTable:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise TapeError(f"{where} cannot be read ({error}). {advice}") from None
         schema = raw.get("schema") if isinstance(raw, dict) else None
-        name, _, version = schema.partition("/") if isinstance(schema, str) else ("", "", "")
-        if name != SCHEMA_NAME:
+        kind, _, version = schema.partition("/") if isinstance(schema, str) else ("", "", "")
+        if kind != SCHEMA_NAME:
             raise TapeError(f"{where} is not a calibration (schema {schema!r}). Name a file that `arbl2 calibrate` wrote.")
         if version.partition(".")[0] != str(SCHEMA_MAJOR):
             raise TapeError(f"{where} has schema {schema}; this arbl2 reads major {SCHEMA_MAJOR}. Use a matching arbl2.")
@@ -354,7 +376,7 @@ class CalibrationTable:
             artefact = msgspec.convert(raw, Artefact)
         except (msgspec.ValidationError, RecursionError) as error:
             raise TapeError(f"{where} does not follow its schema ({error}). {advice}") from None
-        return cls(artefact, where=where)
+        return cls(artefact, where=where, name=name)
 
     def _check(self, where: str) -> None:
         """Hold the zones against the cut points, and every fallback against the chain."""
@@ -408,10 +430,6 @@ def _intervals(lower: tuple[N, ...]) -> list[tuple[N, N | None]]:
     upper: list[N | None] = list(lower[1:])
     upper.append(None)
     return list(zip(lower, upper, strict=True))
-
-
-def _cell(lower: Sequence[float], value: float) -> int | None:
-    return bisect_right(lower, value) - 1 if 0 <= value < math.inf else None
 
 
 def _label(name: str, interval: tuple[float, float | None], scale: float = 1.0) -> str:

@@ -10,4 +10,7 @@ from arbl2_calibration.artefact import load, read_blocks
 from arbl2_calibration.pipeline import CalibrationResult, calibrate
 from arbl2_calibration.report import limits_text, zone_table
 
-__all__ = ["CalibrationResult", "calibrate", "limits_text", "load", "read_blocks", "zone_table"]
+load_calibration = load
+"""The name of ``load`` on the face of arbl2."""
+
+__all__ = ["CalibrationResult", "calibrate", "limits_text", "load", "load_calibration", "read_blocks", "zone_table"]

@@ -61,7 +61,10 @@ def write(
 
 
 def load(path: Path) -> CalibrationTable:
-    """Read ``calibration.json`` (the file, or the folder it is in). Raises TapeError."""
+    """Read a calibration (``calibration.json``, or the folder it is in) and check it against the block sums beside it.
+
+    Raises TapeError when either is missing, damaged, foreign, or not what was written.
+    """
     file = path / CALIBRATION if path.is_dir() else path
     try:
         data = file.read_bytes()
@@ -69,7 +72,12 @@ def load(path: Path) -> CalibrationTable:
         raise TapeError(f"there is no calibration at {file}. `arbl2 calibrate` makes one.") from None
     except OSError as error:
         raise TapeError(f"{file} cannot be read: {error.strerror}.") from None
-    return CalibrationTable.loads(data, where=str(file))
+    table = CalibrationTable.loads(data, where=str(file), name=path.absolute().name)
+    blocks = file.with_name(BLOCKS)
+    if not blocks.exists():
+        raise TapeError(f"{file} lacks the block sums that it was made from: copy {BLOCKS} beside it, or calibrate again.")
+    read_blocks(blocks, table)
+    return table
 
 
 def read_blocks(path: Path, table: CalibrationTable) -> tuple[Blocks, list[str]]:
@@ -82,7 +90,7 @@ def read_blocks(path: Path, table: CalibrationTable) -> tuple[Blocks, list[str]]
         zones = np.array([place[zone_id] for zone_id in columns["zone_id"].to_pylist()], dtype=np.int64)
         blocks = Blocks(zones, columns["block"].to_numpy(), sums)
         sessions = columns["session"].to_pylist()
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise TapeError(f"{path} cannot be read ({first_line(error)}). Calibrate again.") from None
     if blocks_sha256(blocks, sessions, zone_ids) != table.artefact.blocks_sha256:
         raise TapeError(f"{path} does not hold the block sums that the calibration was made from. Calibrate again.")

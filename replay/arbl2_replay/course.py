@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _LOOK_S = 0.2
 _MOST_PAIRS = 8
+_DRAIN_ROWS = 1_024
+"""Figures and files take many event rows in hardly more time than few."""
 _ENDED = "the replay ended on the way."
 
 
@@ -93,6 +95,11 @@ class Course:
     def tape_s(self) -> float:
         """Time of the tape from the first frame to the latest that was taken, seconds."""
         return (self.place.last_ns - self._first_ns) / 1e9 if self.place.frames else 0.0
+
+    @property
+    def span_ns(self) -> tuple[int, int]:
+        """Engine time of the first frame and the latest that was taken."""
+        return self._first_ns, self.place.last_ns
 
     def close(self) -> None:
         """Stop reading ahead. What is under way is not reached any more."""
@@ -168,7 +175,8 @@ class Course:
         step = self.block_rows or count
         for start in range(0, count, step):
             self._engine.feed(piece if step >= count else piece.slice(start, min(start + step, count)), self._decode)
-        self.drain()
+        if self._engine.undrained >= _DRAIN_ROWS:
+            self.drain()
         if (piece.kind == FrameKind.ALARM).any():
             self.alarms.update(alarms_in(piece))
         self.place = self.place.after(piece)
@@ -275,6 +283,7 @@ class Course:
 
     def snapshot(self) -> Snapshot:
         """The run as it is now. Raises ConfigError for a policy whose memory cannot be kept."""
+        self.drain()
         checkpoint = self._engine.checkpoint()
         meta = {
             "engine": checkpoint.meta,

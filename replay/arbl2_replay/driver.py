@@ -12,6 +12,7 @@ from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,6 +20,7 @@ import msgspec
 from arbl2.config import RunConfig
 from arbl2.engine import Engine
 from arbl2.errors import ConfigError
+from arbl2_replay.calibrated import beside
 from arbl2_replay.checkpoint import Keeper, load
 from arbl2_replay.clock import Lateness, Pacer, Speed, punctual
 from arbl2_replay.course import Course
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     import polars as pl
 
     from arbl2.policy import Policy
+    from arbl2.zones import CalibrationTable
     from arbl2_replay.reading import Reading
     from arbl2_replay.steering import Steering
 
@@ -59,6 +62,8 @@ class RunResult:
     """Where the run was kept in the middle instead; then ``digest`` and ``kpi`` are those so far, with orders still open."""
     reading: dict[str, int] = dataclasses.field(default_factory=dict)
     """What was read: segments from raw bytes and from decoded stores, row groups read and left out."""
+    calibration: dict[str, Any] | None = None
+    """What the calibration that was named says of the orders, and what came (``calibrated.beside``); None: none was named."""
 
     def decisions(self) -> pl.DataFrame:
         """The decisions that were kept (``out=``), one row each. Raises ConfigError if none were."""
@@ -104,6 +109,7 @@ def replay(
     stop: Moment | str | int | None = None,
     venues: Sequence[str] = (),
     decoded: bool | None = None,
+    calibration: CalibrationTable | None = None,
 ) -> RunResult:
     """Replay one or several session folders, here or at URLs; with ``out``, keep the figures in ``out/<session>-<digest>``.
 
@@ -114,7 +120,8 @@ def replay(
     ``block_rows`` caps the frames fed at once (a row group by default); it changes nothing but speed, like ``speed``,
     ``scanner`` and ``steering``. ``until`` ends the run there (``Moment.parse``). With the folder ``checkpoint`` a run that ends
     before its tape is kept there in the middle, to be taken up by ``resume``; every ``checkpoint_every`` of tape time (``10m``)
-    it is kept while it goes on, in case it is killed. Raises TapeError, ConfigError, StorageError.
+    it is kept while it goes on, in case it is killed. What ``calibration`` says of the orders is compared with what came when the
+    run has ended, and changes nothing of it. Raises TapeError, ConfigError, StorageError.
     """
     with closing(steering) if steering is not None else nullcontext(), ExitStack() as stack:
         pacer = Pacer(Speed.parse(speed) if isinstance(speed, str) else speed, time.sleep if steering is None else steering.wait)
@@ -148,8 +155,8 @@ def replay(
             sink = RunSink(out, engine.universe.symbols, checkpoint, rows)
             stack.callback(sink.discard)
             course.log = sink.log
-        elif checkpoint is not None:
-            course.log = EventLog(checkpoint, rows)
+        elif checkpoint is not None or calibration is not None:
+            course.log = EventLog(checkpoint or Path(stack.enter_context(TemporaryDirectory(prefix="arbl2-"))), rows)
             stack.callback(course.log.close)
         if keeper is not None:
             stack.callback(keeper.tidy)
@@ -162,7 +169,7 @@ def replay(
             in_the_middle = not course.run() and keeper is not None
         if not in_the_middle:
             engine.finish()
-            course.drain()
+        course.drain()
         result = RunResult(
             session=reading.name,
             digest=engine.digest(),
@@ -177,6 +184,7 @@ def replay(
             run_dir=None,
             checkpoint=checkpoint if in_the_middle else None,
             reading=reading.counts.to_json(),
+            calibration=beside(calibration, engine, course.log, course.span_ns) if calibration and course.log else None,
         )
         if keeper is not None and in_the_middle:
             keeper.keep()
@@ -220,8 +228,10 @@ def summary_of(reading: Reading, config: RunConfig, engine: Engine, result: RunR
     """What ``run.json`` says of a run."""
     pairs = engine.state.pairs
     part = reading.part
+    # below "run", which is what came of it: a calibration is no input, and two runs are one with and without it
+    calibration = {"calibration": result.calibration} if result.calibration is not None else {}
     return {
-        "run": {"frames": result.frames, "tape_s": result.tape_s, "symbols": list(engine.universe.symbols)},
+        "run": {"frames": result.frames, "tape_s": result.tape_s, "symbols": list(engine.universe.symbols), **calibration},
         "tape": tape_summary(reading),
         "part": {"start_ns": part.start_ns, "stop_ns": part.stop_ns, "venues": list(part.venues)},
         "digest": result.digest,

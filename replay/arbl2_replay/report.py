@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from arbl2_replay.driver import RunResult
 
 _LABELS = {reason.label: reason for reason in Reason}
+_LEFT_OUT = ("repeated", "nothing_visible", "no_zone", "unresolved")
+_MOST_ZONES = 20
 
 
 def run_report(result: RunResult) -> RenderableType:
@@ -35,6 +37,8 @@ def run_figures(result: RunResult) -> list[RenderableType]:
     if not any(book["updates"] for book in result.books):
         parts.append(Text("No full-window book on this tape: what is on it is counted below and not used yet.", style="yellow"))
     parts.append(_messages(result))
+    if result.calibration is not None:
+        parts += _calibrated(result.calibration)
     if result.alarms:
         alarms = ", ".join(f"{name} {n:,}" for name, n in result.alarms.items())
         parts.append(Text(f"alarms of the recorder: {alarms} (their frames have kind 'alarm')", style="yellow"))
@@ -132,6 +136,64 @@ def _notes(kpi: dict[str, Any]) -> Text:
     if kpi["refused_asks"]:
         lines.append("refused asks: " + ", ".join(f"{reason} {count:,}" for reason, count in kpi["refused_asks"].items()))
     return Text("\n".join(lines))
+
+
+def _calibrated(found: dict[str, Any]) -> list[RenderableType]:
+    """What a calibration says of the orders beside what came."""
+    head = f"Calibration {found['id'][:12]} ({found['name']}) beside this run"
+    if found["in_sample"]:
+        said = Text(f"{head}: IN SAMPLE. It was made from this time, so what agrees proves nothing.", style="yellow")
+    else:
+        said = Text(f"{head}: out of sample, it knows nothing of this time.")
+    left_out = ", ".join(f"{name.replace('_', ' ')} {found[name]:,}" for name in _LEFT_OUT if found[name])
+    counts = f"{found['counted']:,} of {found['orders']:,} orders compared, {found['unknown']:,} of them in unknown zones"
+    lines = [f"{counts}; left out: {left_out or 'none'}"]
+    fill = found["total"]["fill_ratio"]
+    if fill["n"]:
+        lines.append(f"fill ratio of all with a point: said {fill['predicted']:.3f}, came {fill['observed']:.3f}")
+    if not found["rows"]:
+        return [said, *map(Text, lines)]
+    ahead = any(row["interval_of"] == "next_session" for row in found["rows"])
+    meaning = (
+        "survival: of what an order saw, the share left at its arrival; 95 %: of the mean of the "
+        f"{'next session' if ahead else 'calibrated sessions, a new one may differ by more'}, never of one order"
+    )
+    return [said, _zones(found), *map(Text, lines), Text(meaning, style="dim")]
+
+
+def _zones(found: dict[str, Any]) -> Table:
+    """The zones that most orders fell in, in the order of the calibration, and all that have a point together."""
+    table = _table("")
+    table.add_column("\nzone", overflow="fold")
+    for name in ("\norders", "survival\nsaid", "\n95 %", "\ncame", "drift bps\nsaid", "\ncame"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = found["rows"]
+    most = set(sorted(range(len(rows)), key=lambda k: -rows[k]["n"])[:_MOST_ZONES])
+    for k in sorted(most):
+        zone, uses = rows[k]["zone_id"], rows[k]["uses_zone_id"]
+        name = zone if uses in (None, zone) else f"{zone}\n  said of {uses}"
+        table.add_row(name, f"{rows[k]['n']:,}", *_said_and_came(rows[k]))
+    rest = [row["n"] for k, row in enumerate(rows) if k not in most]
+    if rest:
+        table.add_row(f"{len(rest):,} more zones: --json has all", f"{sum(rest):,}", style="dim")
+    if found["total"]["survival"]["n"]:
+        table.add_row("all with a point", f"{found['total']['survival']['n']:,}", *_said_and_came(found["total"]), style="bold")
+    return table
+
+
+def _said_and_came(row: dict[str, Any]) -> list[str]:
+    survival, drift = row["survival"], row["drift_bps"]
+    interval = survival.get("interval")
+    return [
+        "bound" if interval is not None and survival["predicted"] is None else _share(survival["predicted"]),
+        "" if interval is None else f"{interval[0]:.3f}-{interval[1]:.3f}",
+        _share(survival["observed"]),
+        *("unknown" if drift[name] is None else f"{drift[name]:+.2f}" for name in ("predicted", "observed")),
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3f}"
 
 
 def _books(result: RunResult) -> Table:

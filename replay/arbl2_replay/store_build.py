@@ -22,20 +22,21 @@ from arbl2_replay.store_format import (
     LEVELS,
     MAX_SLICE_LEVELS,
     MAX_SLICE_PAYLOAD,
+    MAX_SORTS,
     ROWS,
     SLICE_ROWS,
     Index,
     Kept,
     Part,
     Slice,
+    Sort,
     Stamp,
     aside,
     decoder_version,
     instrument_names,
-    numbers,
     save_index,
 )
-from arbl2_replay.store_kernels import PLACES, shrink
+from arbl2_replay.store_kernels import NO_PRICE, PLACES, shrink
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -48,20 +49,19 @@ if TYPE_CHECKING:
     from arbl2_replay.store_format import Files
 
 _LEVEL_ROOM = MAX_SLICE_LEVELS + max(LEVEL_ROOM, MAX_BLOCK * 4 * MAX_LEVELS)
-_COPIED = ("exchange_ms", "first_id", "update_id", "check", "n_bid", "n_ask")
+_COPIED = ("exchange_ms", "first_id", "update_id", "check")
+_SORT = np.dtype([(name, "<i4") for name in Sort.__struct_fields__])
 _WITH_LEVELS = (What.BOOK, What.CHANGE, What.SNAPSHOT)
-_FAR = 2**61
 # Chosen by size and by time to read, see docs/decoded-store.md.
-_ROW_ENCODINGS = {
-    **dict.fromkeys(("seq", "mono_ns", "exchange_ms", "first_id", "update_id"), "DELTA_BINARY_PACKED"),
-    "check": "PLAIN",
-    "payload": "DELTA_LENGTH_BYTE_ARRAY",
-}
+_IN_A_DICTIONARY = ("sort", "bid_changes", "ask_changes")
 _ROW_OPTIONS: dict[str, Any] = {
-    "compression": "zstd",
-    "compression_level": 1,
-    "use_dictionary": [name for name in ROWS.names if name not in _ROW_ENCODINGS],
-    "column_encoding": _ROW_ENCODINGS,
+    "compression": "lz4",
+    "use_dictionary": list(_IN_A_DICTIONARY),
+    "column_encoding": {
+        **{name: "BYTE_STREAM_SPLIT" for name in ROWS.names if name not in _IN_A_DICTIONARY},
+        "check": "PLAIN",
+        "payload": "DELTA_LENGTH_BYTE_ARRAY",
+    },
     "write_statistics": False,
 }
 _LEVEL_OPTIONS: dict[str, Any] = {
@@ -130,7 +130,7 @@ class _Levels:
     """The levels of a slice in the order of its rows, and which book each belongs to."""
 
     def __init__(self, books: int) -> None:
-        self.px, self.qty = np.empty(_LEVEL_ROOM, np.int64), np.empty(_LEVEL_ROOM, np.int64)
+        self._kept = np.empty(_LEVEL_ROOM, np.int8), np.empty(_LEVEL_ROOM, np.int64), np.empty(_LEVEL_ROOM, np.int64)
         self.book = np.empty(_LEVEL_ROOM, np.int16)
         self.n = 0
         sides = 2 * books
@@ -139,7 +139,7 @@ class _Levels:
     def add(self, u: UpdateBlock, n: int, book: NDArray[np.int32]) -> NDArray[np.int16]:
         """Keep the levels of ``n`` rows; returns how many of each row and side."""
         counts = np.zeros((n, 2), np.int16)
-        stop = int(shrink(u.records, n, self._windows, counts, self.px, self.qty, self.n))
+        stop = int(shrink(u.records, n, self._windows, counts, self._kept, self.n))
         self.book[self.n : stop] = np.repeat(book, counts.sum(axis=1))
         self.n = stop
         return counts
@@ -152,28 +152,51 @@ class _Levels:
         """Book by book, in the order of the rows."""
         order = np.argsort(self.book[: self.n], kind="stable")
         numbers, starts = np.unique(self.book[: self.n][order], return_index=True)
+        place, px, qty = self._kept
         return [
-            _packed(int(book), self.px[rows], self.qty[rows])
+            _packed(int(book), place[rows], px[rows], qty[rows])
             for book, rows in zip(numbers, np.split(order, starts[1:]), strict=True)
         ]
 
 
-def _packed(book: int, px: NDArray[np.int64], qty: NDArray[np.int64]) -> tuple[Part, pa.Table]:
+def _packed(book: int, place: NDArray[np.int8], px: NDArray[np.int64], qty: NDArray[np.int64]) -> tuple[Part, pa.Table]:
     """Levels in codes and lots, see ``store_kernels``."""
-    is_new = px >= 0
-    unit = max(int(np.gcd.reduce(px[is_new])), 1) if px.max() < _FAR else 0
+    is_new = px != NO_PRICE
+    prices = px[is_new]
+    first_px = int(prices[0]) if len(prices) else 0
+    unit = max(int(np.gcd.reduce(np.diff(prices))), 1) if len(prices) > 1 else 1
     lot = max(int(np.gcd.reduce(qty)), 1)
-    code = -1 - px
-    if unit:
-        steps = np.diff(px[is_new], prepend=0) // unit
-        code[is_new] = ((steps << 1) ^ (steps >> 63)) + PLACES
-    part = Part(book=book, levels=len(px), unit=unit, lot=lot)
-    return part, pa.Table.from_arrays([_column(code), _column(qty // lot)], schema=LEVELS)
+    steps = np.diff(prices, prepend=first_px) // unit
+    folded = (steps << 1) ^ (steps >> 63)
+    is_wide = bool(len(folded)) and int(folded.view(np.uint64).max()) >= 2**31 // PLACES - 1
+    code, lots = place.astype(np.int64), qty // lot
+    code[is_new] += PLACES if is_wide else (folded + 1) * PLACES
+    if is_wide:
+        code, lots = np.concatenate((code, px, px >> 32)), np.concatenate((lots, np.zeros(2 * len(lots), np.int64)))
+    part = Part(book=book, levels=len(px), unit=unit, lot=lot, first_px=first_px, is_wide=is_wide)
+    return part, pa.Table.from_arrays([_column(code.astype(np.int32)), _column(lots)], schema=LEVELS)
 
 
 def _column(values: NDArray[Any]) -> pa.Array:
     values = np.ascontiguousarray(values)
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)], null_count=0)
+
+
+def _in_steps(columns: dict[str, NDArray[Any]], what: NDArray[np.uint8], book: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+    """The columns of a slice as they are kept, see ``ROWS``."""
+    steps = dict(columns)
+    for name in ("seq", "mono_ns"):
+        steps[name] = np.diff(columns[name], prepend=0)
+    with_levels = np.flatnonzero(np.isin(what, _WITH_LEVELS))
+    order = with_levels[np.argsort(book[with_levels], kind="stable")]
+    for name in ("exchange_ms", "first_id", "update_id"):  # where a row has no levels nothing reads them
+        steps[name] = np.zeros_like(columns[name])
+    begins = np.diff(book[order], prepend=-2) != 0
+    for name in ("exchange_ms", "update_id"):
+        steps[name][order] = columns[name][order] - np.where(begins, 0, np.roll(columns[name][order], 1))
+    before = np.where(begins, 0, np.roll(columns["update_id"][order], 1))
+    steps["first_id"][order] = columns["first_id"][order] - np.where(what[order] == What.CHANGE, before, 0)
+    return steps
 
 
 class _Writer:
@@ -183,8 +206,10 @@ class _Writer:
         self._decoder = decoder
         self._files = rows, levels
         self._levels = _Levels(len(decoder.books))
-        self._batches: list[pa.RecordBatch] = []
+        self._blocks: list[dict[str, NDArray[Any]]] = []
+        self._payloads: list[bytes] = []
         self._rows = self._payload = self._groups = 0
+        self._sorts: dict[tuple[int, ...], int] = {}
         self.slices: list[Slice] = []
 
     def add(self, block: FrameBlock) -> None:
@@ -203,51 +228,71 @@ class _Writer:
         book, otherwise = self._decoder.decode(block)
         what = u.what[:n].copy()
         counts = self._levels.add(u, n, book)
-        columns = {name: getattr(block, name) for name in ("seq", "mono_ns", "venue", "conn", "kind")}
-        columns |= {"what": what, "reason": u.reason[:n].copy(), "otherwise": otherwise, "book": book.astype(np.int16)}
-        empty = ~np.isin(what, _WITH_LEVELS)
-        for name in _COPIED:  # where a row has no levels nothing reads them, and what stands there is of another block
-            columns[name] = np.where(empty, 0, getattr(u, name)[:n])
-        columns |= {"bid_changes": counts[:, 0], "ask_changes": counts[:, 1]}
-        self._batches.append(pa.RecordBatch.from_arrays([*self._columns(columns), self._payloads(block, what)], schema=ROWS))
+        columns: dict[str, NDArray[Any]] = {"seq": block.seq, "mono_ns": block.mono_ns, "what": what, "book": book}
+        columns |= {name: getattr(u, name)[:n].copy() for name in _COPIED}
+        columns |= {"sort": self._sort(block, book, otherwise, what), "bid_changes": counts[:, 0], "ask_changes": counts[:, 1]}
+        self._blocks.append(columns)
+        self._keep_payloads(block, what)
         self._rows += n
 
-    @staticmethod
-    def _columns(values: Mapping[str, NDArray[Any]]) -> list[pa.Array]:
-        return [_column(values[field.name].astype(field.type.to_pandas_dtype())) for field in ROWS if field.name in values]
+    def _sort(
+        self, block: FrameBlock, book: NDArray[np.int32], otherwise: NDArray[np.uint8], what: NDArray[np.uint8]
+    ) -> NDArray[np.uint16]:
+        """The sort of every row; new ones are added. Raises StorageError where there are too many."""
+        n, u = len(block), self._decoder.updates
+        rows = np.zeros(n, _SORT)
+        for name in ("venue", "conn", "kind"):
+            rows[name] = getattr(block, name)
+        rows["what"], rows["reason"], rows["otherwise"], rows["book"] = what, u.reason[:n], otherwise, book
+        for name in ("n_bid", "n_ask"):
+            rows[name] = np.where(what == What.BOOK, getattr(u, name)[:n], 0)
+        distinct, where = np.unique(rows.view(f"V{_SORT.itemsize}"), return_inverse=True)  # as bytes: fields are compared slowly
+        found = [self._sorts.setdefault(sort, len(self._sorts)) for sort in distinct.view(_SORT).tolist()]
+        if len(self._sorts) > MAX_SORTS:
+            raise StorageError("this tape has more connections than a decoded store can tell apart.")
+        return np.array(found, np.uint16)[where]
 
-    def _payloads(self, block: FrameBlock, what: NDArray[np.uint8]) -> pa.Array:
+    @property
+    def sorts(self) -> list[Sort]:
+        """What rows refer to by its place in here."""
+        return [Sort(*sort) for sort in self._sorts]
+
+    def _keep_payloads(self, block: FrameBlock, what: NDArray[np.uint8]) -> None:
         read = (block.kind == FrameKind.ALARM) | ((block.kind == FrameKind.RESPONSE) & (what != What.SNAPSHOT))
         payloads = [b""] * len(block)
         for row in np.flatnonzero(read).tolist():
             payloads[row] = block.payload(row)
             self._payload += len(payloads[row])
-        return pa.array(payloads, pa.binary())
+        self._payloads += payloads
 
     def end_slice(self) -> None:
         """Write what has gathered."""
         if not self._rows:
             return
         rows, levels = self._files
-        table = pa.Table.from_batches(self._batches, schema=ROWS).combine_chunks()
+        columns = {name: np.concatenate([block[name] for block in self._blocks]) for name in self._blocks[0]}
+        steps = _in_steps(columns, columns["what"], columns["book"])
+        table = pa.Table.from_arrays(
+            [_column(steps[name]) for name in ROWS.names if name in steps] + [pa.array(self._payloads, pa.binary())], schema=ROWS
+        )
         rows.write_table(table, row_group_size=SLICE_ROWS)
         groups = self._levels.groups()
         for _, group in groups:
             levels.write_table(group, row_group_size=len(group))
-        mono_ns, venue = (numbers(table, name) for name in ("mono_ns", "venue"))
+        sorts = self.sorts
         self.slices.append(
             Slice(
                 rows=len(table),
-                first_mono_ns=int(mono_ns.min()),
-                last_mono_ns=int(mono_ns.max()),
-                venues=np.unique(venue).tolist(),
+                first_mono_ns=int(columns["mono_ns"].min()),
+                last_mono_ns=int(columns["mono_ns"].max()),
+                venues=sorted({sorts[k].venue for k in np.unique(columns["sort"]).tolist()}),
                 has_payload=self._payload > 0,
                 first_group=self._groups,
                 parts=[part for part, _ in groups],
             )
         )
         self._groups += len(groups)
-        self._batches, self._rows, self._payload = [], 0, 0
+        self._blocks, self._payloads, self._rows, self._payload = [], [], 0, 0
         self._levels.start_anew()
 
 
@@ -282,6 +327,7 @@ def build(files: Files, instruments: Mapping[str, Sequence[str]], blocks: Iterab
             segment=segment,
             rows=kept[files.rows],
             levels=kept[files.levels],
+            sorts=writer.sorts,
             slices=writer.slices,
         )
         save_index(files, index)

@@ -28,7 +28,7 @@ from arbl2 import decoding, engine, frames, money, providers, scan, updates
 from arbl2.errors import TapeError
 from arbl2.frames import VENUES, ExchangeId
 from arbl2.tape import sha256_of
-from arbl2.updates import MAX_BOOKS
+from arbl2.updates import MAX_BOOKS, MAX_LEVELS, What
 from arbl2_replay import store_kernels
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DECODED = "decoded"
-SLICE_ROWS = 32_768
+SLICE_ROWS = 16_384
 FIRST_SLICE_ROWS = 8_192
 MAX_SLICE_LEVELS = 2**21
 """A slice ends early where more levels are kept, or ..."""
@@ -52,29 +52,22 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 ROWS = pa.schema(
     [
-        pa.field("seq", pa.int64(), nullable=False),
-        pa.field("mono_ns", pa.int64(), nullable=False),
-        pa.field("venue", pa.uint8(), nullable=False),
-        pa.field("conn", pa.int32(), nullable=False),
-        pa.field("kind", pa.uint8(), nullable=False),
-        pa.field("what", pa.uint8(), nullable=False),
-        pa.field("reason", pa.uint8(), nullable=False),
-        pa.field("otherwise", pa.uint8(), nullable=False),  # the reason in a run that does not know the instrument
-        pa.field("book", pa.int16(), nullable=False),  # index into the instruments of the tape, -1: of none
-        pa.field("exchange_ms", pa.int64(), nullable=False),
-        pa.field("first_id", pa.int64(), nullable=False),
-        pa.field("update_id", pa.int64(), nullable=False),
+        pa.field("sort", pa.uint16(), nullable=False),  # index into the sorts of the index
+        pa.field("seq", pa.int64(), nullable=False),  # step from the row before
+        pa.field("mono_ns", pa.int64(), nullable=False),  # step from the row before
+        pa.field("exchange_ms", pa.int64(), nullable=False),  # step from the row before with levels of the same book
+        pa.field("first_id", pa.int64(), nullable=False),  # of a depth change its distance from the update_id before
+        pa.field("update_id", pa.int64(), nullable=False),  # step, as of exchange_ms
         pa.field("check", pa.int64(), nullable=False),
-        pa.field("n_bid", pa.int16(), nullable=False),
-        pa.field("n_ask", pa.int16(), nullable=False),
         pa.field("bid_changes", pa.int16(), nullable=False),
         pa.field("ask_changes", pa.int16(), nullable=False),
         pa.field("payload", pa.binary(), nullable=False),  # alarms and REST bodies that are no snapshot; empty for all others
     ]
 )
-LEVELS = pa.schema([pa.field("code", pa.int64(), nullable=False), pa.field("qty", pa.int64(), nullable=False)])
-"""As ``store_kernels`` has them: a code below ``PLACES`` is a place in the window, any other one the distance of a new level from
-the new level before, in units of the part. Sizes are in lots of the part."""
+"""Steps begin at 0 in each slice and wrap, so that every number is exact."""
+LEVELS = pa.schema([pa.field("code", pa.int32(), nullable=False), pa.field("qty", pa.int64(), nullable=False)])
+"""As ``store_kernels`` has them. Sizes beside halves of prices are 0."""
+MAX_SORTS = 2**16
 
 
 def numbers(table: pa.Table, name: str) -> NDArray[Any]:
@@ -123,13 +116,42 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
         return self.stamp.is_same(path) or sha256_of(path) == self.sha256
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """The levels of one book (-1: of none) in a slice: how many, and the units of their prices and sizes, 10^-8."""
+BookNumber = Annotated[int, msgspec.Meta(ge=-1, lt=MAX_BOOKS)]
+Byte = Annotated[int, msgspec.Meta(ge=0, lt=256)]
+ReasonCode = Annotated[int, msgspec.Meta(ge=0, lt=64)]
+Levels = Annotated[int, msgspec.Meta(ge=0, le=MAX_LEVELS)]
 
-    book: Annotated[int, msgspec.Meta(ge=-1, lt=MAX_BOOKS)]
+
+class Sort(msgspec.Struct, frozen=True, array_like=True):
+    """What many frames have in common: where they came from, what they do to which book of the tape (-1: to none), and why.
+
+    ``otherwise`` is the reason in a run that does not know the instrument; ``n_bid`` and ``n_ask`` are the levels of a whole
+    window, 0 for anything else.
+    """
+
+    venue: Annotated[int, msgspec.Meta(ge=0, lt=len(VENUES))]
+    conn: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+    kind: Byte
+    what: Annotated[int, msgspec.Meta(ge=0, le=int(What.SNAPSHOT))]
+    reason: ReasonCode
+    otherwise: ReasonCode
+    book: BookNumber
+    n_bid: Levels
+    n_ask: Levels
+
+
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """The levels of one book (-1: of none) in a slice: how many, the units of their prices and sizes, and the first price, 10^-8.
+
+    ``is_wide``: the low halves of prices stand behind the codes and the high ones behind those, in three times as many rows.
+    """
+
+    book: BookNumber
     levels: Count
     unit: Count
     lot: Count
+    first_px: Count
+    is_wide: bool
 
 
 class Slice(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +177,7 @@ class Index(msgspec.Struct, frozen=True, kw_only=True):
     segment: Kept
     rows: Kept
     levels: Kept
+    sorts: Annotated[list[Sort], msgspec.Meta(max_length=MAX_SORTS)]
     slices: list[Slice]
 
 
