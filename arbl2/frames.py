@@ -180,6 +180,8 @@ class FrameBlock:
 
     def slice(self, start: int, stop: int) -> FrameBlock:
         """Frames ``start`` up to ``stop`` as views (no copy of payloads)."""
+        if start == 0 and stop >= len(self):
+            return self
         return FrameBlock(
             seq=self.seq[start:stop],
             time_ns=self.time_ns[start:stop],
@@ -211,12 +213,24 @@ class FrameBlock:
     def from_heads(cls, heads: NDArray[Any], data: bytes | memoryview, anchor: Anchor) -> FrameBlock:
         """Columns that are views of packed heads (``HEAD_DTYPE``) and of the payloads end to end, as long as the heads say."""
         offsets = np.zeros(len(heads) + 1, dtype=np.int32)
-        np.cumsum(heads["size"], out=offsets[1:])
+        heads["size"].cumsum(out=offsets[1:])
         return cls(
             time_ns=heads["mono_ns"] + np.int64(anchor.wall_ns - anchor.mono_ns),
             offsets=offsets,
             data=np.frombuffer(data, dtype=np.uint8),
             **{name: heads[name] for name in HEAD_DTYPE.names or () if name != "size"},
+        )
+
+    @classmethod
+    def joined(cls, blocks: Sequence[FrameBlock]) -> FrameBlock:
+        """One block of the frames of several, which are at least one, in their order. Copies them."""
+        offsets = np.zeros(sum(map(len, blocks)) + 1, dtype=np.int32)
+        np.cumsum(np.concatenate([np.diff(block.offsets) for block in blocks]), out=offsets[1:])
+        names = ("time_ns", *(name for name in HEAD_DTYPE.names or () if name != "size"))
+        return cls(
+            offsets=offsets,
+            data=np.concatenate([block.data[block.offsets[0] : block.offsets[-1]] for block in blocks]),
+            **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in names},
         )
 
     def heads(self) -> NDArray[Any]:

@@ -63,7 +63,7 @@ def live(
     recording = dataclasses.replace(recording, session_s=ONE_SESSION_S)
     try:
         with punctual():
-            listener = Listener(run.take, on_session=run.begin, on_error=run.lost)
+            listener = Listener(run.feed, on_session=run.begin, on_idle=run.idle, on_error=run.lost)
             recorded = record(recording, on_status=on_status, on_frame=listener, stop=stop)
         return LiveOutcome(recorded, run.finish(recorded.path, recorded.duration_s))
     except BaseException:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,9 @@ def _exchange(pipe: Connection, seed: int, faults: Sequence[str]) -> None:
     from arbl2_replay.faults import fault_config  # noqa: PLC0415 - only here needed
     from arbl2_replay.server import ExchangeServer, ServerOptions, SyntheticSource  # noqa: PLC0415
     from arbl2_replay.synth import SYMBOLS, SynthConfig  # noqa: PLC0415
+
+    # venues have machines of their own: what theirs computes must not take a core from the run
+    os.nice(19)
 
     async def work() -> None:
         market = SynthConfig(

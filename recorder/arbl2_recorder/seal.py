@@ -49,7 +49,7 @@ SEALER_NICENESS = 15
 SLICE_FRAMES = 48
 """Half a millisecond of looking at books."""
 PAUSE_S = 0.002
-TAIL_S = 0.25
+TAIL_S = 0.5
 TELL_NS = 1_000_000_000
 MOST_FRAMES_PER_S = 20_000
 _MOST_US = 100_000

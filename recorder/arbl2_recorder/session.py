@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from arbl2.frames import HEAD, VENUES, Anchor, Flag, Frame, FrameKind, Op
+from arbl2.frames import HEAD, VENUES, Anchor, Flag, FrameKind, Op
 from arbl2_recorder import clock
 
 if TYPE_CHECKING:
@@ -136,9 +136,10 @@ class Session:
             self.late_frames += 1
         queue_us = (_now_ns() - mono_ns) // 1000
         queue_us = min(queue_us, _MOST_US)
-        self._log.append(HEAD.pack(seq, recv_ns, mono_ns, conn, queue_us, venue, kind, op, flags, len(payload)), payload)
+        head = HEAD.pack(seq, recv_ns, mono_ns, conn, queue_us, venue, kind, op, flags, len(payload))
+        self._log.append(head, payload)
         if self._consumer is not None:
-            self._consumer.put(Frame(seq, recv_ns, mono_ns, VENUES[venue], conn, kind, op, payload, queue_us, flags))
+            self._consumer.put(head, payload)
         return seq
 
     def _lose(self, venue: int, conn: int, payload: bytes, recv_ns: int, mono_ns: int) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 _BITS = 6
 _FINE = 1 << _BITS
+_MOST_NS = 2**52
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +32,20 @@ class Histogram:
     """Adds up latencies in ns."""
 
     def __init__(self) -> None:
-        self._counts = array("q", bytes(8 * _FINE * (64 - _BITS)))
+        self._counts = np.zeros(_FINE * (64 - _BITS), np.int64)
         self._count = 0
         self._max_ns = 0
 
-    def add(self, ns: int) -> None:
-        """Count one. Below zero counts as zero."""
-        ns = max(ns, 0)
-        shift = max(0, ns.bit_length() - _BITS - 1)
-        self._counts[(shift << _BITS) + (ns >> shift)] += 1
-        self._count += 1
-        self._max_ns = max(self._max_ns, ns)
+    def add(self, ns: NDArray[Any]) -> None:
+        """Count each. Below zero counts as zero, above 2^52 (52 days) as that."""
+        if not len(ns):
+            return
+        ns = np.clip(ns, 0, _MOST_NS)
+        bits = np.frexp(ns.astype(np.float64))[1]
+        shift = np.maximum(0, bits - _BITS - 1).astype(np.int64)
+        np.add.at(self._counts, (shift << _BITS) + (ns >> shift), 1)
+        self._count += len(ns)
+        self._max_ns = max(self._max_ns, int(ns.max()))
 
     def latency(self) -> Latency:
         """What was added so far; a quantile is the upper edge of its bucket."""

@@ -25,6 +25,7 @@ from arbl2.events import Direction, Intent
 from arbl2.frames import Anchor, ExchangeId, FrameBlock
 from arbl2.policy import Ask
 from arbl2.tape import write_atomically
+from arbl2_replay.calibrated import beside
 from arbl2_replay.course import alarms_in
 from arbl2_replay.driver import RunResult, summary_of
 from arbl2_replay.histogram import Histogram
@@ -44,11 +45,13 @@ if TYPE_CHECKING:
     from arbl2.frames import Frame
     from arbl2.policy import Policy, View
     from arbl2.tape import Manifest
+    from arbl2.zones import CalibrationTable
     from arbl2_replay.histogram import Latency
 
 _LOG = logging.getLogger("arbl2.live")
-MARK_NS = 1_000_000_000
-"""The journal is written this often: a kill costs at most the events since then, which the replay makes again."""
+MARK_NS, LATEST_MARK_NS = 1_000_000_000, 1_250_000_000
+"""The journal is written this often, once no frame waits or else a little later: a kill costs at most the events since then,
+which the replay makes again."""
 _WARM = SynthConfig(duration_s=1.0, symbols=(SYMBOLS["BTC"],))
 
 
@@ -100,13 +103,15 @@ class Trading:
 class LiveRun:
     """One paper run on one session of a recording.
 
-    The recorder's thread calls ``begin`` and ``take``; any other may ``look`` or ask for a ``snapshot``. What goes wrong in here
-    ends the run and not the recording: it is logged at once and raised by ``finish``.
+    The recorder's thread calls ``begin``, ``feed`` and ``idle``; any other may ``look`` or ask for a ``snapshot``. What goes
+    wrong in here ends the run and not the recording: it is logged at once and raised by ``finish``.
     """
 
     def __init__(self, config: RunConfig, root: Path, *, policy: Policy | None = None) -> None:
         """``root`` is the folder of runs; compiles the kernels, so that no frame waits for that."""
         self.config = config
+        self.calibration: CalibrationTable | None = None
+        """What it says of the orders is compared with what came, when the run has ended; may be set until then."""
         self.error: Exception | None = None
         self.begun = threading.Event()
         """Set once there is an engine, or there will be none."""
@@ -118,6 +123,7 @@ class LiveRun:
         self._alarms: Counter[str] = Counter()
         self._first_ns = self._last_ns = 0
         self._marked_ns = 0
+        self._unsettled: list[tuple[FrameBlock, int, int]] = []
         self._events: list[Events] = []
         self._fed = FedDigest()
         self._decision, self._frame, self._feed, self._stamp = (Histogram() for _ in range(4))
@@ -148,42 +154,55 @@ class LiveRun:
         self.begun.set()
 
     def take(self, frames: Sequence[Frame]) -> None:
+        """The next frames of the tape, in their one-at-a-time form."""
+        self.feed(FrameBlock.from_frames(frames, self._anchor))
+
+    def feed(self, block: FrameBlock) -> None:
         """The next frames of the tape: one, or more where the run is behind."""
-        assert self._journal is not None
-        block = FrameBlock.from_frames(frames, self._anchor)
         with self._lock:
             started_ns = time.monotonic_ns()
             self._engine.feed(block)
             ended_ns = time.monotonic_ns()
-            events = self._engine.drain()
-            if len(events.decisions) or len(events.fills):
-                self._kpi.add(events)
-        self._feed.add(ended_ns - started_ns)
-        for frame in frames:
-            self._frame.add(ended_ns - frame.mono_ns)
-            self._stamp.add(frame.queue_us * 1_000)
-        self._fed.add(block)
-        if len(events.decisions) or len(events.fills):
-            self._events.append(events)
-            for seq in np.unique(events.decisions["seq"]).tolist():
-                self._decision.add(ended_ns - frames[seq - frames[0].seq].mono_ns)
-        self._count(block)
-        if ended_ns - self._marked_ns >= MARK_NS:
-            self._marked_ns = ended_ns
+            self._unsettled.append((block, started_ns, ended_ns))
+        if ended_ns - self._marked_ns >= LATEST_MARK_NS:
             self.mark()
 
-    def _count(self, block: FrameBlock) -> None:
+    def idle(self) -> None:
+        """No frame waits now: time for what would make one wait."""
+        if time.monotonic_ns() - self._marked_ns >= MARK_NS:
+            self.mark()
+
+    def mark(self) -> None:
+        """Let the journal have what came of the frames so far; done by itself every second. Raises what the journal met."""
+        assert self._journal is not None
+        self._marked_ns = time.monotonic_ns()
+        if self._journal.error is not None:
+            raise self._journal.error
+        with self._lock:
+            self._settle()
+            events, self._events = self._events, []
+        self._journal.put(Mark(self._fed.fed(), self._engine.digest()), events, self.latencies().to_json())
+
+    def _settle(self) -> None:
+        """Add up what was fed since the last time. Together it takes a small part of what it takes block by block."""
+        fed, self._unsettled = self._unsettled, []
+        if not fed:
+            return
+        block = FrameBlock.joined([each for each, _, _ in fed])
+        started_ns, ended_ns = (np.array([times[which] for times in fed]) for which in (1, 2))
+        took_ns = np.repeat(ended_ns, [len(each) for each, _, _ in fed]) - block.mono_ns
+        events = self._engine.drain()
+        if len(events.decisions) or len(events.fills):
+            self._kpi.add(events)
+            self._events.append(events)
+            self._decision.add(took_ns[np.unique(events.decisions["seq"]) - block.seq[0]])
+        self._frame.add(took_ns)
+        self._feed.add(ended_ns - started_ns)
+        self._stamp.add(block.queue_us * np.int64(1_000))
+        self._fed.add(block)
         self._alarms.update(alarms_in(block))
         self._first_ns = self._first_ns or int(block.time_ns[0])
         self._last_ns = max(self._last_ns, int(block.time_ns.max()))
-
-    def mark(self) -> None:
-        """Let the journal have what came of the frames so far; ``take`` does it every second. Raises what the journal met."""
-        assert self._journal is not None
-        if self._journal.error is not None:
-            raise self._journal.error
-        events, self._events = self._events, []
-        self._journal.put(Mark(self._fed.fed(), self._engine.digest()), events, self.latencies().to_json())
 
     def lost(self, error: Exception) -> None:
         """The run has failed; the recording goes on."""
@@ -211,6 +230,7 @@ class LiveRun:
         engine = self._engine
         books = tuple(self.snapshot(symbol) for symbol in engine.universe.symbols)
         with self._lock:
+            self._settle()
             changes = engine.ledger.changes()
             kpi = self._kpi.result()
             frames = engine.frames
@@ -232,8 +252,8 @@ class LiveRun:
         if self.error is not None or self._journal is None:
             raise self.error or EngineError("the recorder handed on no session. Please report this.")
         engine, journal = self._engine, self._journal
-        mark = Mark(self._fed.fed(), engine.digest())
         self.mark()
+        mark = Mark(self._fed.fed(), engine.digest())
         rows = journal.close()
         latency = self.latencies()
         sink = RunSink(self._root, engine.universe.symbols, earlier=EarlierRows(journal.folder, rows))
@@ -243,6 +263,9 @@ class LiveRun:
             self._kpi.add(events)
             sink.write(events)
             result = self._result(elapsed_s)
+            if self.calibration is not None:
+                compared = beside(self.calibration, engine, sink.log, (self._first_ns, self._last_ns))
+                result = dataclasses.replace(result, calibration=compared)
             summary = summary_of(open_reading([tape], decoded=False, check_hashes=False), self.config, engine, result)
             run_dir = sink.commit(f"{self._session}-live-{result.digest[:8]}", summary)
         finally:

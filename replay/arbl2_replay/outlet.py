@@ -29,13 +29,20 @@ class Outlet:
         self.taken = 0
         """Bytes ever put in."""
         self.bytes_lately = 0
-        """Bytes put in since somebody set this to 0."""
+        """Bytes put in since the stretch began."""
+        self.read_before = 0
+        """What ``read`` was when the stretch began."""
         ws.outlet = self
 
     @property
     def backlog(self) -> int:
         """Bytes that the client's socket has not taken yet."""
         return self._waiting + self._ws.transport.get_write_buffer_size()
+
+    @property
+    def read(self) -> int:
+        """Bytes that it has taken."""
+        return self.taken - self.backlog
 
     @property
     def is_clear(self) -> bool:
@@ -62,6 +69,10 @@ class Outlet:
             self._waiting -= len(frames)
             self._ws.transport.write(frames)
         self._on_room(self.backlog)
+
+    def begin_stretch(self) -> None:
+        """From now on another stretch of time is looked at."""
+        self.bytes_lately, self.read_before = 0, self.read
 
     def drop(self) -> None:
         """Forget what waits."""

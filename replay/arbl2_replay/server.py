@@ -7,7 +7,7 @@ clock of all its connections, and faults if it is told to.
 
 Sending never waits: what a client does not read gathers in its outlet, and a client past ``client_buffer_bytes`` is cut off, so
 that one slow reader neither holds the market up nor fills the memory. At the speed "as fast as it is read" the market does wait
-for its readers; how long for one that keeps others waiting is said at ``_let_them_read``.
+for its readers; how little for one that keeps others waiting is said at ``_let_them_read``.
 """
 
 from __future__ import annotations
@@ -62,11 +62,13 @@ PIECE_BYTES = 256 * 2**10
 PIECE_MESSAGES = 512
 HELD_UP_BYTES = 2**20
 """At the highest speed the market waits for a client that has left more unread, until half of it is read."""
-LOOK_S = 0.05
-STRETCH_S = 0.25
-CREDIT_S = 0.5
-TOLERATED = 0.5
-"""Such a share of the time one client may keep others waiting in the long run."""
+LOOK_S = 0.02
+STRETCH_S = 0.1
+"""Who has read how much is compared this often."""
+CREDIT_S = 0.25
+"""So long one client may keep others waiting that has kept pace before: twice as long, since while they wait all are slow."""
+EARNED = 0.5
+"""Such a share of the time in which it keeps pace becomes its credit."""
 SETTLE_S = 0.1
 """A client that has subscribed may still be subscribing to more."""
 BARRIER_S = 2.0
@@ -484,16 +486,17 @@ class ExchangeServer:
     async def _let_them_read(self) -> None:
         """At the highest speed: wait for those who have left much unread.
 
-        For a client that keeps others waiting, who were sent at least half as much and have read it, or that does not read at
-        all while there are others, the market waits half of the time at most, and half a second at once; then it goes on
-        without, and the client is cut off when it has fallen too far behind.
+        A client may keep others waiting - who were sent at least half as much and have read it; or any, while it does not read
+        at all - for as long as its credit lasts; then the market goes on without it, and it is cut off when it has fallen too far
+        behind. It has little credit to begin with, and gets more only while it reads at least half as fast as the fastest.
         """
         loop = asyncio.get_running_loop()
         await asyncio.sleep(0)
         most = HELD_UP_BYTES
         while not self.clock.speed:
+            self._compare(loop.time())
             behind = {
-                client: client.outlet.taken - client.outlet.backlog
+                client: client.outlet.read
                 for client in self._clients
                 if client.outlet.backlog > most and client.credit_s > 0 and client.is_open
             }
@@ -509,15 +512,24 @@ class ExchangeServer:
             for client, had_read in behind.items():
                 if self._keeps_others_waiting(client, had_read):
                     client.credit_s -= waited_s
-            if (stretch_s := loop.time() - self._stretch_began) > STRETCH_S:
-                self._stretch_began = loop.time()
-                for client in self._clients:
-                    client.outlet.bytes_lately = 0
-                    client.credit_s = min(CREDIT_S, client.credit_s + TOLERATED * stretch_s)
+
+    def _compare(self, now: float) -> None:
+        """Give those credit who kept pace since the last time."""
+        lasted_s = now - self._stretch_began
+        if lasted_s < STRETCH_S:
+            return
+        self._stretch_began = now
+        earned_s = EARNED * min(lasted_s, STRETCH_S)  # a market that stood still says nothing
+        read = {client: client.outlet.read - client.outlet.read_before for client in self._clients}
+        fastest = max(read.values(), default=0)
+        for client, count in read.items():
+            if client.outlet.backlog <= HELD_UP_BYTES or 2 * count >= fastest:
+                client.credit_s = min(CREDIT_S, client.credit_s + earned_s)
+            client.outlet.begin_stretch()
 
     def _keeps_others_waiting(self, client: Client, had_read: int) -> bool:
         others = [other for other in self._clients if other is not client and other.subscribed and other.is_open]
-        if client.outlet.taken - client.outlet.backlog == had_read:
+        if client.outlet.read == had_read:
             return bool(others)
         return any(other.outlet.is_clear and 2 * other.outlet.bytes_lately >= client.outlet.bytes_lately for other in others)
 

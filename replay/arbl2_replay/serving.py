@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("arbl2.server")
 
+FIRST_CREDIT_S = 0.05
+"""A client of which nothing is known yet may be busy with other things for this long."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
@@ -209,8 +212,8 @@ class Client:
         self.sent = sent
         self.sent_at = ws.loop.time()
         self.outlet = Outlet(ws, server.made_room)
-        self.credit_s = 0.5
-        """So long the market may still be held up by this client alone."""
+        self.credit_s = FIRST_CREDIT_S
+        """So long the market may still be held up by this client."""
         self.gate: Gate | None = None
         """Set by whoever holds up, spoils or swallows what is sent here."""
         self.frozen = False

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from arbl2.errors import EngineError, StorageError
-from arbl2.frames import Anchor, Flag, Frame, FrameKind, Op
+from arbl2.frames import Anchor, Flag, Frame, FrameBlock, FrameKind, Op
 from arbl2.tape import LOG, SEGMENTS, TapeReader, load_manifest, sessions
 from arbl2_recorder import Listener, LiveView, RecordConfig, Status, VenueStatus, clock, record
 from arbl2_recorder.consumer import Consumer
@@ -197,20 +197,39 @@ def test_the_hook_sees_every_frame_with_its_seq(venue, scripts, make_config, fra
 def test_a_hook_that_falls_behind_is_cut_off():
     release, errors, seen = threading.Event(), [], []
 
-    def hook(frames):
+    def hook(block):
         release.wait(10)
-        seen.extend(frames)
+        seen.extend(block.frames())
 
     consumer = Consumer(hook, errors.append, limit_bytes=2500)
     with_payload = [_frame(seq, b"x" * 1000) for seq in range(1, 6)]
     for frame in with_payload:
-        consumer.put(frame)
+        consumer.put(FrameBlock.from_frames([frame], Anchor(0, 0)).heads().tobytes(), frame.payload)
     release.set()
     consumer.close()
     assert "too far behind" in str(errors[0])
     assert len(errors) == 1
     assert seen == with_payload[: len(seen)]
     assert len(seen) <= 2
+
+
+def test_a_hook_is_told_when_a_burst_is_over():
+    told, over = [], threading.Event()
+
+    def idle():
+        told.append("idle")
+        over.set()
+
+    consumer = Consumer(lambda block: told.extend(block.seq.tolist()), pytest.fail, limit_bytes=2500, on_idle=idle)
+    for seqs in ((1, 2, 3), (4,)):
+        over.clear()
+        for seq in seqs:
+            frame = _frame(seq, b"x")
+            consumer.put(FrameBlock.from_frames([frame], Anchor(0, 0)).heads().tobytes(), frame.payload)
+        assert over.wait(10)
+    consumer.close()
+    assert [each for each in told if each != "idle"] == [1, 2, 3, 4]
+    assert told[-1] == "idle"
 
 
 def _frame(seq, payload):
@@ -377,8 +396,8 @@ def test_a_listener_is_told_each_session_and_what_of_it_is_logged(venue, scripts
         taken[path] = []
         asked.append(logged_seq)
 
-    def take(batch):
-        taken[list(taken)[-1]] += batch
+    def take(block):
+        taken[list(taken)[-1]] += block.frames()
 
     record(make_config(upbit=server, duration_s=1.5, session_s=0.5), on_frame=Listener(take, on_session=begin))
     assert len(taken) >= 2
@@ -391,8 +410,8 @@ def test_a_listener_that_fails_leaves_the_recording_alone(venue, scripts, make_c
     server = venue(scripts["upbit"])
     errors, seen = [], []
 
-    def take(batch):
-        seen.extend(batch)
+    def take(block):
+        seen.extend(block.frames())
         if len(seen) > 50:
             raise EngineError("position does not reconcile")
 

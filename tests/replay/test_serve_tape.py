@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import logging
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -587,6 +588,49 @@ def test_at_full_speed_a_slow_reader_is_cut_off_and_the_others_miss_nothing(tmp_
     assert code in (1008, 1006)
     assert cut_clients == 1
     assert "read faster" in caplog.text
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_at_full_speed_a_slow_reader_hardly_holds_the_others_up(tmp_path, reads):
+    """However much of the recording there is: it is waited for once, for a moment."""
+    path = long_tape(tmp_path / "long", 30_000)
+    held_s = []
+
+    async def scenario(server):
+        url = server.binance_ws_url + "?streams=btcusdt@depth20@100ms"
+        wait_for_room = server._room.wait
+
+        async def wait():
+            others_wait = any(client.outlet.is_clear for client in server.open_clients())
+            began = time.monotonic()
+            try:
+                return await wait_for_room()
+            finally:
+                held_s.append(time.monotonic() - began if others_wait else 0.0)
+
+        server._room.wait = wait
+        async with connect(url) as fast, connect(url, max_queue=4, ping_interval=None) as slow:
+            reading = asyncio.create_task(everything(fast))
+            dawdling = asyncio.create_task(take_slowly(slow)) if reads else None
+            await server.market_ended()
+            await server.goodbye()
+            seen = len((await reading)[0])
+            if dawdling is not None:
+                dawdling.cancel()
+            return seen, server.cut_clients
+
+    assert run(path, scenario, subscribers=2, client_buffer_bytes=4 * 2**20) == (30_000, 1)
+    # each wait may be longer than it was meant to be, on a machine that is busy
+    assert sum(min(each, 0.02) for each in held_s) < 0.3
+
+
+async def take_slowly(ws):
+    """About 500 messages a second."""
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            for _ in range(25):
+                await ws.recv()
+            await asyncio.sleep(0.05)
 
 
 def test_at_full_speed_a_lone_reader_is_waited_for(tmp_path):

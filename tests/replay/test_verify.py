@@ -299,12 +299,23 @@ def test_frames_add_up_to_one_digest_one_by_one_or_in_blocks(tape):
     assert single.fed() == blocks.fed()
 
 
+def test_joined_blocks_hold_the_same_frames(tape):
+    reader = TapeReader(tape)
+    frames = list(itertools.islice(reader.frames(), 90))
+    whole = FrameBlock.from_frames(frames, reader.anchor)
+    joined = FrameBlock.joined([whole.slice(0, 1), whole.slice(1, 40), whole.slice(40, 40), whole.slice(40, 90)])
+    assert list(joined.frames()) == frames
+    assert joined.time_ns.tolist() == whole.time_ns.tolist()
+    assert joined.offsets.tolist() == whole.offsets.tolist()
+
+
 def test_a_histogram_is_within_two_percent():
     chance = np.random.default_rng(5)
     values = np.exp(chance.normal(11, 2, 20_000)).astype(np.int64)
     histogram = Histogram()
-    for value in values.tolist():
-        histogram.add(value)
+    for part in np.array_split(values, 7):
+        histogram.add(part)
+    histogram.add(values[:0])
     found = histogram.latency()
     assert found.count == 20_000
     assert found.max_us == values.max() / 1e3
