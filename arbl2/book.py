@@ -124,6 +124,7 @@ class State:
     order_state: NDArray[np.int64]
     taken: NDArray[np.int64]
     counters: NDArray[Any]
+    reasons: NDArray[np.int64]
     decisions: NDArray[Any]
     fills: NDArray[Any]
     seen: NDArray[Any]
@@ -187,7 +188,7 @@ def ladder(state: State, book: int, side: int) -> tuple[NDArray[np.int64], NDArr
 
 
 _BOOKS = ("books", "window", "eaten", "gaps")
-_RUN = ("pairs", "balance", "locked", "orders", "order_state", "taken", "counters")
+_RUN = ("pairs", "balance", "locked", "orders", "order_state", "taken", "counters", "reasons")
 _RUNGS = ("rung_px", "rung_qty", "rung_from")
 
 

@@ -95,7 +95,6 @@ class Engine:
         self.ledger = Ledger(self.universe, self.state)
         self.policy: Policy | ThresholdPolicy = policy or ThresholdPolicy(config.policy)
         self._decoder = Decoder(self.universe, scanner=scanner)
-        self._reasons = np.zeros((len(VENUES), 64), np.int64)
         self._decisions: list[NDArray[Any]] = []
         self._fills: list[NDArray[Any]] = []
         self._unposted: list[NDArray[Any]] = []
@@ -134,8 +133,6 @@ class Engine:
             if stop < n and not self._read_rules(block.payload(stop)):
                 u.reason[stop] = Reason.BAD_RULES
             first = stop
-        reasons = np.bincount(u.venue[:n] * np.int64(64) + u.reason[:n], minlength=64 * len(VENUES))
-        self._reasons += reasons.reshape(-1, 64)
         self.frames += n
         return n
 
@@ -294,10 +291,11 @@ class Engine:
 
     def reasons(self) -> dict[str, dict[str, int]]:
         """How many frames were what, by venue ("-" = none) and reason label."""
+        counts = self.state.reasons
         return {
-            VENUES[v] or "-": {Reason(r).label: int(self._reasons[v, r]) for r in np.flatnonzero(self._reasons[v]).tolist()}
+            VENUES[v] or "-": {Reason(r).label: int(counts[v, r]) for r in np.flatnonzero(counts[v]).tolist()}
             for v in range(len(VENUES))
-            if self._reasons[v].any()
+            if counts[v].any()
         }
 
     def refusals(self) -> dict[str, int]:
@@ -333,7 +331,6 @@ class Engine:
             "instruments": [f"{i.venue}:{i.name}" for i in self.universe.instruments],
             "config": self.config.canonical().decode(),
             "frames": self.frames,
-            "reasons": self._reasons.tolist(),
             "digest": self._digest.pack(),
             "ledger": self.ledger.pack(),
             "rules": {name: msgspec.to_builtins(rules) for name, rules in self._recorded_rules.items()},
@@ -352,7 +349,6 @@ class Engine:
         try:
             unpack_books(self.state, checkpoint.arrays)
             unpack_run(self.state, checkpoint.arrays)
-            self._reasons[...] = meta["reasons"]
             self._digest.unpack(meta["digest"])
             self.ledger.unpack(meta["ledger"])
             self._recorded_rules = msgspec.convert(meta["rules"], dict[str, BinanceRules])

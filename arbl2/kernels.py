@@ -52,6 +52,8 @@ SESSION_CONNS = 1 << 20
 """Connection numbers of a session; in a merged run those of the next one start here (``conn`` // this = session rank)."""
 ASKERS = 64
 """Sessions whose REST requests are told apart at the same time."""
+REASONS = 64
+"""Room for every ``Reason``."""
 GAP_MS = 1_000
 GAP_S = 600
 """The histogram of time between updates of a book: buckets of 1 ms up to a second, then of 1 s; the last is "or longer"."""
@@ -170,8 +172,8 @@ def state_dtype(books: int) -> np.dtype[Any]:
     size, last displayed); ``gaps``: [B, buckets]; ``rung_*``: [B, 2, LADDER], worst first, ``rung_from`` a ``LevelFrom``;
     ``held*``: [B, rows or levels], depth changes that wait for a snapshot; ``balance``, ``locked``: [3, 1 + pairs] by venue
     code, column 0 the quote currency, column 1 + k the coin of pair k; ``order_state``: [orders, 4], phase, book, lock and
-    connection; ``taken``: [orders, L, 2], what each order took; ``u``: the updates of the block at hand. Whatever is not said
-    otherwise is int64.
+    connection; ``taken``: [orders, L, 2], what each order took; ``reasons``: [3, REASONS], frames by venue code and ``Reason``;
+    ``u``: the updates of the block at hand. Whatever is not said otherwise is int64.
     """
     pairs = books // 2
     return np.dtype(
@@ -195,6 +197,7 @@ def state_dtype(books: int) -> np.dtype[Any]:
             ("order_state", "<i8", (ORDER_SLOTS, 4)),
             ("taken", "<i8", (ORDER_SLOTS, MAX_LEVELS, 2)),
             ("counters", COUNTERS, (1,)),
+            ("reasons", "<i8", (3, REASONS)),
             ("decisions", DECISION_DTYPE, (EVENT_ROWS,)),
             ("fills", FILL_DTYPE, (EVENT_ROWS,)),
             ("seen", VIEW, (1,)),
@@ -1261,8 +1264,10 @@ def run(state: State, first: int, last: int, use_threshold: bool) -> int:
             if c["overflow"] != 0:
                 return i
         if u.what[i] == 0:
+            s.reasons[u.venue[i], u.reason[i]] += 1
             continue
         changed = apply(s, i, t) == _CHANGED
+        s.reasons[u.venue[i], u.reason[i]] += 1
         u.what[i] = _BOOK if changed else 0
         if not use_threshold:
             return i + 1

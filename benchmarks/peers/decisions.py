@@ -34,7 +34,7 @@ LOT = 1e-5
 FEES = (0.0005, 0.001)
 """Taker fees of Upbit and Binance."""
 
-WARM_UP_MESSAGES = 20_000
+WARM_UP_MESSAGES = 2_000
 """Length of the tape on which what runs on tapes warms up."""
 
 Decisions = list[tuple[int, int]]

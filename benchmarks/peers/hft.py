@@ -106,10 +106,11 @@ def asset(rows: Any, feed: books.BookFeed, fee: float) -> BacktestAsset:
 
 
 def main(depth: str, way: str, folder: Path) -> None:
-    """Load, compile on the first messages, run once timed."""
+    """Load, compile on the first messages, run twice timed."""
     probe = Probe()
     feeds = {book: books.load(folder, book) for book in (UPBIT, BINANCE, FX)}
-    rows = {book: np.load(folder / f"{way}-{book}.npy") for book in feeds}  # hftbacktest keeps no reference to them
+    with probe.timed("load"):
+        rows = {book: np.load(folder / f"{way}-{book}.npy") for book in feeds}  # hftbacktest keeps no reference to them
     assert rows[UPBIT].dtype == event_dtype
     if depth == "hashmap" and way == "snap":
         for events in rows.values():  # its map empties at once, but walks tick by tick up to a price
@@ -118,13 +119,10 @@ def main(depth: str, way: str, folder: Path) -> None:
     decided = sum(len(feed.time_ns) for feed in feeds.values())
     times, directions = np.zeros(decided, np.int64), np.zeros(decided, np.int64)
     first = {book: events[:500].copy() for book, events in rows.items()}
-    for part in (first, rows):
+    for name, part in (("warm", first), ("first", rows), ("run", rows)):
         hbt = BUILDERS[depth]([asset(part[book], feeds[book], fees[book]) for book in feeds])
-        if part is rows:
-            with probe.timed():
-                count = run(hbt, times, directions)
-        else:
-            run(hbt, times, directions)
+        with probe.timed(name):
+            count = run(hbt, times, directions)
         filled = sum(hbt.state_values(book).trading_volume for book in (UPBIT, BINANCE))
         hbt.close()
     probe.tell(

@@ -81,7 +81,16 @@ def conversion_us(engine: Engine, figures: Mapping[str, Figures]) -> float | Non
 
 def table(engines: Sequence[Engine], figures: Mapping[str, Figures]) -> list[str]:
     """Rows of the main table."""
-    heads = ("median", "fastest", "slowest", "CPU", "conversion from raw, apart", "peak RSS MB (after imports)", "BTC filled")
+    heads = (
+        "median",
+        "fastest",
+        "slowest",
+        "CPU",
+        "first run of the process",
+        "conversion from raw, apart",
+        "peak RSS MB (after imports)",
+        "BTC filled",
+    )
     lines = [
         f"| engine | us per message: {' | '.join(heads)} |",
         f"|---{'|---' * len(heads)}|",
@@ -93,6 +102,7 @@ def table(engines: Sequence[Engine], figures: Mapping[str, Figures]) -> list[str
         cells = [
             engine.name,
             *(f"{value:.2f}" for value in (median(us), min(us), max(us), median(cpu))),
+            f"{one.median_us('first'):.2f}" if "first_s" in one.rounds[0] else "-",
             "-" if apart is None else f"{apart:.1f}",
             f"{one.most('rss_mb'):,.0f} ({one.most('rss_imports_mb'):,.0f})",
             f"{one.rounds[-1]['filled']:.5f}",
@@ -138,6 +148,12 @@ def ratios(engines: Sequence[Engine], figures: Mapping[str, Figures]) -> list[Ra
     if "decoded" in figures:
         found += [
             Ratio(f"arbl2 decoded against the run of {hft.name} alone", run("decoded"), run(hft.key), 3.0),
+            Ratio(
+                f"arbl2 decoded against {hft.name} with its rows loaded from a plain file",
+                run("decoded"),
+                figures[hft.key].median_us("load", "run"),
+                0.0,
+            ),
             Ratio(f"arbl2 decoded against the run of {nautilus.name} alone", run("decoded"), run(nautilus.key), 3.0),
         ]
     return found
