@@ -20,6 +20,7 @@ import msgspec
 from arbl2.config import RunConfig
 from arbl2.engine import Engine
 from arbl2.errors import ConfigError
+from arbl2_replay import memory
 from arbl2_replay.calibrated import beside
 from arbl2_replay.checkpoint import Keeper, load
 from arbl2_replay.clock import Lateness, Pacer, Speed, punctual
@@ -124,6 +125,7 @@ def replay(
     run has ended, and changes nothing of it. Raises TapeError, ConfigError, StorageError.
     """
     with closing(steering) if steering is not None else nullcontext(), ExitStack() as stack:
+        memory.settle()
         pacer = Pacer(Speed.parse(speed) if isinstance(speed, str) else speed, time.sleep if steering is None else steering.wait)
         if checkpoint_every is not None and checkpoint is None:
             raise ConfigError("--checkpoint-every needs a folder to keep checkpoints in: --checkpoint FOLDER.")
