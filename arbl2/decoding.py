@@ -48,7 +48,7 @@ class Decoder:
         """Fill the rows of ``u`` from the bytes of a block of at most ``MAX_BLOCK`` frames; returns how many it filled: all."""
         n = len(block)
         u.what[:n] = 0
-        others = np.flatnonzero(block.kind != _MESSAGE)
+        others = (block.kind != _MESSAGE).nonzero()[0]
         for row in others.tolist():
             kind = block.kind[row]
             # Another connection goes on with the same streams: their books stay what they are.

@@ -97,7 +97,7 @@ class Engine:
         self._decoder = Decoder(self.universe, scanner=scanner)
         self._decisions: list[NDArray[Any]] = []
         self._fills: list[NDArray[Any]] = []
-        self._unposted: list[NDArray[Any]] = []
+        self._unposted: list[tuple[NDArray[Any], NDArray[Any]]] = []
         self._digest = RunDigest(config.canonical())
         self._recorded_rules: dict[str, BinanceRules] = {}
         self.frames = 0
@@ -221,14 +221,17 @@ class Engine:
         decisions = self.state.decisions[: counters["decisions"]].copy()
         fills = self.state.fills[: counters["fills"]].copy()
         counters["decisions"] = counters["fills"] = 0
-        self._digest.update(decisions, fills)
         self._decisions.append(decisions)
         self._fills.append(fills)
-        self._unposted.append(fills)
+        self._unposted.append((decisions, fills))
 
     def _post(self) -> None:
-        self.ledger.add(_joined(self._unposted, FILL_DTYPE))
+        """Take new rows into ledger and digest. Not where they are made: whoever waits for a decision waits for that, too."""
+        decisions = _joined([rows for rows, _ in self._unposted], DECISION_DTYPE)
+        fills = _joined([rows for _, rows in self._unposted], FILL_DTYPE)
         self._unposted.clear()
+        self._digest.update(decisions, fills)
+        self.ledger.add(fills)
 
     @property
     def undrained(self) -> int:
@@ -305,6 +308,7 @@ class Engine:
 
     def digest(self) -> str:
         """The run's digest so far; final after ``finish``."""
+        self._post()
         s = self.state
         closing = {
             "instruments": [f"{i.venue}:{i.name}" for i in self.universe.instruments],
