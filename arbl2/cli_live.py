@@ -15,7 +15,6 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from arbl2.zones import CalibrationTable
     from arbl2_replay.live import LiveRun
 
 DIFFERENT = 1
@@ -85,7 +84,9 @@ def live(
             from arbl2_replay.warm import warm_up
 
             warm_up()
-        outcome = run_live(recording, run_config, runs=out, on_run=lambda run: _watched(run, stack, table, quiet=as_json))
+        outcome = run_live(
+            recording, run_config, runs=out, calibration=table, on_run=lambda run: _watched(run, stack, quiet=as_json)
+        )
     if as_json:
         recorded = outcome.recording
         cli._print_json(
@@ -119,12 +120,11 @@ def _record_config(
     return dataclasses.replace(config, symbols=symbols) if symbols else config
 
 
-def _watched(run: LiveRun, stack: ExitStack, calibration: CalibrationTable | None, *, quiet: bool) -> Callable[[Any], None]:
-    """Hand on the calibration; who is told the recorder's status: the view, in a thread of its own."""
+def _watched(run: LiveRun, stack: ExitStack, *, quiet: bool) -> Callable[[Any], None]:
+    """Who is told the recorder's status: the view, in a thread of its own."""
     from arbl2_recorder.live import Aside, alarms_to_stderr
     from arbl2_replay.live_view import TradingView
 
-    run.calibration = calibration
     if quiet or not sys.stderr.isatty():
         alarms_to_stderr()
     return stack.enter_context(Aside(stack.enter_context(TradingView(run))))

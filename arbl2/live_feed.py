@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from arbl2.aggregator import MultiExchangeL2Snapshot, SourceStatus
     from arbl2.policy import Policy
+    from arbl2.zones import CalibrationTable
     from arbl2_recorder import Endpoints, RecordConfig, RecordResult, Status
     from arbl2_recorder.recorder import Stop
     from arbl2_replay.live import LiveResult, LiveRun
@@ -46,19 +47,21 @@ def live(
     *,
     runs: Path = RUNS,
     policy: Policy | None = None,
+    calibration: CalibrationTable | None = None,
     on_run: Callable[[LiveRun], Callable[[Status], None]] | None = None,
     stop: Stop | None = None,
 ) -> LiveOutcome:
     """Record, trade on paper what comes while it comes, seal the tape and write the run to ``runs/<session>-live-<digest>``.
 
-    ``on_run`` gets the run before it begins and returns what is told the recorder's status. Ends as ``record`` does. Raises what
-    that raises; and what ended the run, after the recording was sealed: it goes on without the run.
+    What ``calibration`` says of the orders is compared with what came at the end. ``on_run`` gets the run before it begins and
+    returns what is told the recorder's status. Ends as ``record`` does. Raises what that raises; and what ended the run, after the recording was sealed: it goes on without the run.
     """
     from arbl2_recorder import Listener, record
     from arbl2_replay.clock import punctual
     from arbl2_replay.live import LiveRun
 
     run = LiveRun(config or RunConfig(), runs, policy=policy)
+    run.calibration = calibration
     on_status = on_run(run) if on_run is not None else None
     recording = dataclasses.replace(recording, session_s=ONE_SESSION_S)
     try:
