@@ -54,7 +54,8 @@ def live(
     """Record, trade on paper what comes while it comes, seal the tape and write the run to ``runs/<session>-live-<digest>``.
 
     What ``calibration`` says of the orders is compared with what came at the end. ``on_run`` gets the run before it begins and
-    returns what is told the recorder's status. Ends as ``record`` does. Raises what that raises; and what ended the run, after the recording was sealed: it goes on without the run.
+    returns what is told the recorder's status. Ends as ``record`` does. Raises what that raises; and what ended the run, after
+    the recording was sealed: it goes on without the run.
     """
     from arbl2_recorder import Listener, record
     from arbl2_replay.clock import punctual

@@ -455,14 +455,14 @@ class TapeReader:
         """
         segment = self.manifest.segments[number]
         path = self.segment(number)
-        rows, last_seq, before = 0, segment.first_seq - 1, -1
+        rows, last_seq = 0, segment.first_seq - 1
         for group, batch in _record_batches(path, self.manifest, only):
             where = f"{path} row group {group}"
             block = block_from_arrow(batch, self.anchor, where=where)
             if len(block) == 0:
                 continue
-            self._check_order(block, last_seq if group - before <= 1 else int(block.seq[0]) - 1, where)
-            rows, last_seq, before = rows + len(block), int(block.seq[-1]), group
+            self._check_order(block, last_seq if only is None else int(block.seq[0]) - 1, where)
+            rows, last_seq = rows + len(block), int(block.seq[-1])
             yield group, block
         if only is None and (rows, last_seq) != (segment.rows, segment.last_seq):
             raise TapeError(f"{path} holds other frames than its manifest says. Restore it from a copy of the recording.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -107,8 +106,11 @@ class Consumer:
     def _hand_on(self, frames: list[tuple[bytes, bytes]]) -> None:
         heads, payloads = zip(*frames, strict=True)
         data = b"".join(payloads)
-        block = FrameBlock.from_heads(np.frombuffer(b"".join(heads), HEAD_DTYPE), data, self._anchor)
-        self._call(partial(self._on_frames, block))
+
+        def hand_on() -> None:
+            self._on_frames(FrameBlock.from_heads(np.frombuffer(b"".join(heads), HEAD_DTYPE), data, self._anchor))
+
+        self._call(hand_on)
         self._done_bytes += len(data)
 
     def _next(self) -> tuple[bytes, bytes] | Callable[[], None] | str | None:

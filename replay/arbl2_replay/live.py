@@ -195,7 +195,8 @@ class LiveRun:
         if len(events.decisions) or len(events.fills):
             self._kpi.add(events)
             self._events.append(events)
-            self._decision.add(took_ns[np.unique(events.decisions["seq"]) - block.seq[0]])
+            at = np.unique(events.decisions["seq"]) - block.seq[0]
+            self._decision.add(took_ns[at[at < len(block)]])  # the others are of a block at which the engine failed
         self._frame.add(took_ns)
         self._feed.add(ended_ns - started_ns)
         self._stamp.add(block.queue_us * np.int64(1_000))

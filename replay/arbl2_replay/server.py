@@ -520,7 +520,7 @@ class ExchangeServer:
             return
         self._stretch_began = now
         earned_s = EARNED * min(lasted_s, STRETCH_S)  # a market that stood still says nothing
-        read = {client: client.outlet.read - client.outlet.read_before for client in self._clients}
+        read = {client: client.outlet.read - client.outlet.read_before for client in self._clients if client.is_open}
         fastest = max(read.values(), default=0)
         for client, count in read.items():
             if client.outlet.backlog <= HELD_UP_BYTES or 2 * count >= fastest:

@@ -6,6 +6,7 @@ import os
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,10 +17,11 @@ from arbl2.errors import StorageError
 from arbl2.frames import VENUES, ExchangeId, FrameKind
 from arbl2.providers import PROVIDERS
 from arbl2.tape import sha256_of
-from arbl2.updates import HOME_LEVELS, LEVEL_ROOM, MAX_BLOCK, MAX_BOOKS, MAX_LEVELS, UpdateBlock, What
+from arbl2.updates import HOME_LEVELS, MAX_BOOKS, MAX_LEVELS, UpdateBlock, What
 from arbl2_replay.store_format import (
     FIRST_SLICE_ROWS,
     LEVELS,
+    LEVELS_AT_ONCE,
     MAX_SLICE_LEVELS,
     MAX_SLICE_PAYLOAD,
     MAX_SORTS,
@@ -48,7 +50,6 @@ if TYPE_CHECKING:
     from arbl2.providers import Provider
     from arbl2_replay.store_format import Files
 
-_LEVEL_ROOM = MAX_SLICE_LEVELS + max(LEVEL_ROOM, MAX_BLOCK * 4 * MAX_LEVELS)
 _COPIED = ("exchange_ms", "first_id", "update_id", "check")
 _SORT = np.dtype([(name, "<i4") for name in Sort.__struct_fields__])
 _WITH_LEVELS = (What.BOOK, What.CHANGE, What.SNAPSHOT)
@@ -130,8 +131,8 @@ class _Levels:
     """The levels of a slice in the order of its rows, and which book each belongs to."""
 
     def __init__(self, books: int) -> None:
-        self._kept = np.empty(_LEVEL_ROOM, np.int8), np.empty(_LEVEL_ROOM, np.int64), np.empty(_LEVEL_ROOM, np.int64)
-        self.book = np.empty(_LEVEL_ROOM, np.int16)
+        self._kept = np.empty(LEVELS_AT_ONCE, np.int8), np.empty(LEVELS_AT_ONCE, np.int64), np.empty(LEVELS_AT_ONCE, np.int64)
+        self.book = np.empty(LEVELS_AT_ONCE, np.int16)
         self.n = 0
         sides = 2 * books
         self._windows = (*(np.zeros(sides * MAX_LEVELS, np.int64) for _ in range(2)), np.zeros(sides, np.int64))
@@ -150,6 +151,8 @@ class _Levels:
 
     def groups(self) -> list[tuple[Part, pa.Table]]:
         """Book by book, in the order of the rows."""
+        if not self.n:
+            return []
         order = np.argsort(self.book[: self.n], kind="stable")
         numbers, starts = np.unique(self.book[: self.n][order], return_index=True)
         place, px, qty = self._kept
@@ -249,13 +252,13 @@ class _Writer:
         distinct, where = np.unique(rows.view(f"V{_SORT.itemsize}"), return_inverse=True)  # as bytes: fields are compared slowly
         found = [self._sorts.setdefault(sort, len(self._sorts)) for sort in distinct.view(_SORT).tolist()]
         if len(self._sorts) > MAX_SORTS:
-            raise StorageError("this tape has more connections than a decoded store can tell apart.")
+            raise StorageError("this tape has more connections and shapes of books than a decoded store can tell apart.")
         return np.array(found, np.uint16)[where]
 
     @property
     def sorts(self) -> list[Sort]:
         """What rows refer to by its place in here."""
-        return [Sort(*sort) for sort in self._sorts]
+        return [msgspec.convert(sort, Sort) for sort in self._sorts]
 
     def _keep_payloads(self, block: FrameBlock, what: NDArray[np.uint8]) -> None:
         read = (block.kind == FrameKind.ALARM) | ((block.kind == FrameKind.RESPONSE) & (what != What.SNAPSHOT))

@@ -28,7 +28,7 @@ from arbl2 import decoding, engine, frames, money, providers, scan, updates
 from arbl2.errors import TapeError
 from arbl2.frames import VENUES, ExchangeId
 from arbl2.tape import sha256_of
-from arbl2.updates import MAX_BOOKS, MAX_LEVELS, What
+from arbl2.updates import LEVEL_ROOM, MAX_BLOCK, MAX_BOOKS, MAX_LEVELS, Reason, What
 from arbl2_replay import store_kernels
 
 if TYPE_CHECKING:
@@ -44,6 +44,11 @@ MAX_SLICE_LEVELS = 2**21
 """A slice ends early where more levels are kept, or ..."""
 MAX_SLICE_PAYLOAD = 2**25
 """... more bytes of payload."""
+MOST_SLICE_ROWS = 2**17
+MOST_SLICE_BYTES = 2**28
+LEVELS_AT_ONCE = MAX_SLICE_LEVELS + LEVEL_ROOM + MAX_BLOCK * 4 * MAX_LEVELS
+"""A slice has no more: it ends with the block that fills it, which may be of changes as they are, and of windows that have
+nothing in common with the window before."""
 MAX_INDEX_BYTES = 64 * 2**20
 _SETTLED_NS = 100_000_000
 """A file that changed less than this before it was looked at may change again without another stamp."""
@@ -118,7 +123,6 @@ class Kept(msgspec.Struct, frozen=True, kw_only=True):
 
 BookNumber = Annotated[int, msgspec.Meta(ge=-1, lt=MAX_BOOKS)]
 Byte = Annotated[int, msgspec.Meta(ge=0, lt=256)]
-ReasonCode = Annotated[int, msgspec.Meta(ge=0, lt=64)]
 Levels = Annotated[int, msgspec.Meta(ge=0, le=MAX_LEVELS)]
 
 
@@ -133,8 +137,8 @@ class Sort(msgspec.Struct, frozen=True, array_like=True):
     conn: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
     kind: Byte
     what: Annotated[int, msgspec.Meta(ge=0, le=int(What.SNAPSHOT))]
-    reason: ReasonCode
-    otherwise: ReasonCode
+    reason: Reason
+    otherwise: Reason
     book: BookNumber
     n_bid: Levels
     n_ask: Levels

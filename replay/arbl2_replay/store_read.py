@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 from arbl2.errors import TapeError
 from arbl2.frames import FrameBlock
 from arbl2.places import reason
-from arbl2.updates import HOME_LEVELS, MAX_BLOCK, MAX_LEVELS, UpdateBlock, What
+from arbl2.updates import HOME_LEVELS, MAX_BLOCK, MAX_CHANGES, MAX_LEVELS, UpdateBlock, What
 from arbl2_replay import store_kernels
-from arbl2_replay.store_format import LEVELS, ROWS, Sort, numbers
+from arbl2_replay.store_format import LEVELS, LEVELS_AT_ONCE, MOST_SLICE_BYTES, MOST_SLICE_ROWS, ROWS, Sort, numbers
 from arbl2_replay.store_kernels import BOOK, COLUMNS, DAMAGED, FAR, N_ASK, N_BID, REASON, RUN_BOOK, WHAT, expand
 
 if TYPE_CHECKING:
@@ -168,6 +168,11 @@ def read_slices(files: Files, index: Index, wanted: Sequence[int], anchor: Ancho
 def _read(
     files: Files, rows: pq.ParquetFile, levels: pq.ParquetFile, number: int, part: Slice, anchor: Anchor, sorts: Sorts
 ) -> Decoded:
+    found = rows.metadata.row_group(number)
+    by_reference = any("DICTIONARY" in encoding for encoding in found.column(ROWS.get_field_index("payload")).encodings)
+    is_large = found.num_rows > MOST_SLICE_ROWS or found.total_byte_size > MOST_SLICE_BYTES
+    if found.num_rows != part.rows or is_large or by_reference:
+        raise damaged(files.rows)
     table = rows.read_row_group(number, columns=[*_NUMBERS, *(["payload"] if part.has_payload else [])], use_threads=False)
     columns = {name: numbers(table, name) for name in _NUMBERS}
     columns |= {name: np.cumsum(columns[name]) for name in ("seq", "mono_ns")}
@@ -198,7 +203,8 @@ def _read(
 
 def _is_sound(columns: Mapping[str, NDArray[Any]], sorts: int) -> bool:
     """Nothing that would make a kernel look outside its arrays."""
-    counts = all(int(columns[name].min()) >= 0 for name in ("bid_changes", "ask_changes"))
+    changes = (columns[name] for name in ("bid_changes", "ask_changes"))
+    counts = all(int(count.min()) >= 0 and int(count.max()) <= MAX_CHANGES for count in changes)
     seq = columns["seq"]
     return int(columns["sort"].max()) < sorts and counts and bool(np.all(seq[1:] > seq[:-1]))
 
@@ -207,11 +213,17 @@ def _changes(levels: pq.ParquetFile, part: Slice, wanted: Sequence[int], books: 
     """The changes of the parts that are wanted."""
     parts = np.zeros((books + 1, store_kernels.PART), np.int64)
     if not wanted:
-        return Changes(np.zeros(0, np.int32), np.zeros(0, np.int64), parts)
-    table = levels.read_row_groups([part.first_group + j for j in wanted], use_threads=False)
+        return Changes(_frozen(np.zeros(0, np.int32)), _frozen(np.zeros(0, np.int64)), parts)
     kept_parts = [part.parts[j] for j in wanted]
-    if len(table) != sum(kept.levels * (3 if kept.is_wide else 1) for kept in kept_parts):
+    groups = [part.first_group + j for j in wanted]
+    # looked at before they are read, so that a small file cannot take memory without bound
+    if groups[-1] >= levels.num_row_groups or [levels.metadata.row_group(group).num_rows for group in groups] != [
+        kept.levels * (3 if kept.is_wide else 1) for kept in kept_parts
+    ]:
         raise ValueError("its levels are not those of its index")
+    if sum(kept.levels for kept in kept_parts) > LEVELS_AT_ONCE:
+        raise ValueError("it has more levels than this arbl2 writes")
+    table = levels.read_row_groups(groups, use_threads=False)
     at = 0
     for kept in kept_parts:
         if kept.book + 2 > books:

@@ -21,11 +21,21 @@ from arbl2.engine import Engine
 from arbl2.errors import EngineError, StorageError, TapeError
 from arbl2.frames import BINANCE, UPBIT, Frame, FrameBlock, FrameKind, Op
 from arbl2.tape import MANIFEST, SEGMENTS, TapeReader, load_manifest, save_manifest, sha256_of
-from arbl2.updates import HOME_LEVELS, UpdateBlock, What
+from arbl2.updates import HOME_LEVELS, MAX_BLOCK, MAX_CHANGES, MAX_LEVELS, UpdateBlock, What
 from arbl2_replay import replay, store_build, store_format
 from arbl2_replay.reading import open_reading
 from arbl2_replay.store import build_session, find_store, make_store
-from arbl2_replay.store_format import DECODED, Files, Kept, Stamp, instrument_names, load_index, save_index
+from arbl2_replay.store_format import (
+    DECODED,
+    LEVELS_AT_ONCE,
+    MAX_SLICE_LEVELS,
+    Files,
+    Kept,
+    Stamp,
+    instrument_names,
+    load_index,
+    save_index,
+)
 from arbl2_replay.store_read import read_slices
 from arbl2_replay.wire import Book, DepthChange, binance_combined, binance_depth, binance_diff
 from markets import ANCHOR, INSTRUMENTS, Market, threshold
@@ -214,6 +224,27 @@ def test_more_levels_than_there_is_room_for(tmp_path, monkeypatch):
     tape = found.write(tmp_path / "tape")
     same_digests(tape, RunConfig())
     assert len(find_store(TapeReader(tape), 0, check_segment=True).index.slices) == 2  # cut by levels, not by rows
+
+
+def test_the_largest_block_there_can_be_has_room():
+    """Changes as they are beside windows that share nothing with the window before, behind a slice that is all but full."""
+    u, n, changes = UpdateBlock(), MAX_BLOCK, 5
+    u.what[:n], u.book[:n] = What.BOOK, 0
+    u.what[:changes] = What.CHANGE
+    sizes = np.where(np.arange(n) < changes, MAX_CHANGES, MAX_LEVELS)
+    u.n_bid[:n] = u.n_ask[:n] = sizes
+    u.start[:n] = HOME_LEVELS + 2 * np.concatenate(([0], np.cumsum(sizes)[:-1]))
+    u.px_e8[HOME_LEVELS:] = np.arange(len(u.px_e8) - HOME_LEVELS) + 1  # bids rise, so that no level is where it was
+    u.qty_e8[HOME_LEVELS:] = 1
+    levels = store_build._Levels(1)
+    levels.n = MAX_SLICE_LEVELS - 1
+    counts = levels.add(u, n, np.zeros(n, np.int32))
+    assert levels.n == MAX_SLICE_LEVELS - 1 + counts.astype(int).sum() <= LEVELS_AT_ONCE
+
+
+def test_a_slice_without_levels(tmp_path):
+    frames = [Frame(seq, seq, seq, "", 0, FrameKind.CLOCK, Op.NONE, b"{}") for seq in range(1, 5)]
+    same_digests(tape_of(tmp_path / "tape", frames, ANCHOR, INSTRUMENTS), CONFIG)
 
 
 @pytest.mark.parametrize("speed", ["max", "1000x"])
@@ -457,6 +488,68 @@ def forge(tape, rng):
     index = load_index(files, load_manifest(tape).segments[0].sha256, names)
     kept = Kept(sha256=sha256_of(path), stamp=Stamp.of(path))
     save_index(files, msgspec.structs.replace(index, **{"rows" if path == files.rows else "levels": kept}))
+
+
+def rewritten(tape, part, change, **index_too):
+    """The rows or the levels with ``change`` made of their table, and an index that says that all is right."""
+    files = Files(tape, SEGMENT)
+    path = getattr(files, part)
+    table = change(pq.read_table(path))
+    pq.write_table(table, path, row_group_size=len(table), use_dictionary=False)
+    index = load_index(files, load_manifest(tape).segments[0].sha256, instrument_names(INSTRUMENTS))
+    kept = Kept(sha256=sha256_of(path), stamp=Stamp.of(path))
+    save_index(files, msgspec.structs.replace(index, **{part: kept}, **index_too))
+
+
+@pytest.mark.parametrize("name", ["bid_changes", "ask_changes"])
+def test_more_changes_than_a_kernel_has_room_for_are_refused(tmp_path, name):
+    found = Market()
+    found.add(
+        1,
+        "binance",
+        FrameKind.MESSAGE,
+        binance_combined("btcusdt@depth", binance_diff("BTCUSDT", DepthChange(1, 1, ((1, 1),), ()), 1)),
+    )
+    tape = found.write(tmp_path / "tape")
+    replay(tape, CONFIG, decoded=True)
+
+    def many(table):
+        values = np.full(len(table), MAX_CHANGES + 1, np.int16)
+        return table.set_column(table.column_names.index(name), table.schema.field(name), pa.array(values))
+
+    rewritten(tape, "rows", many)
+    with pytest.raises(TapeError, match="is damaged"):
+        replay(tape, CONFIG)
+
+
+def test_a_forged_row_group_is_refused_before_it_is_read(tape):
+    replay(tape, CONFIG, decoded=True)
+    rewritten(tape, "rows", lambda table: pa.concat_tables([table.slice(0, 1)] * 4_000))
+    with pytest.raises(TapeError, match="is damaged"):
+        replay(tape, CONFIG)
+
+
+@pytest.mark.parametrize("field", ["reason", "otherwise", "what", "venue", "kind"])
+def test_codes_that_there_are_not_make_no_store(tape, field):
+    expected = replay(tape, CONFIG, decoded=True).digest
+    files = Files(tape, SEGMENT)
+    body = json.loads(files.index.read_bytes().partition(b"\n")[2])
+    for sort in body["sorts"]:
+        sort[store_format.Sort.__struct_fields__.index(field)] = {"what": 9, "reason": 9, "otherwise": 9}.get(field, 999)
+    text = json.dumps(body).encode()
+    files.index.write_bytes(store_format._check(text) + b"\n" + text)
+    result = replay(tape, CONFIG)
+    assert (result.digest, used(result)) == (expected, (0, 1))
+
+
+def test_groups_beyond_the_file_are_refused(tape):
+    replay(tape, CONFIG, decoded=True)
+    files = Files(tape, SEGMENT)
+    index = load_index(files, load_manifest(tape).segments[0].sha256, instrument_names(INSTRUMENTS))
+    slices = [msgspec.structs.replace(part, first_group=2**31 - 1) for part in index.slices]
+    save_index(files, msgspec.structs.replace(index, slices=slices))
+    with pytest.raises(TapeError, match="levels are not those of its index"):
+        replay(tape, CONFIG)
 
 
 def test_a_forged_store_breaks_nothing(folder):
