@@ -200,6 +200,30 @@ def test_what_goes_wrong_in_a_run_is_raised_at_its_end(tape, tmp_path):
     run.abandon()
 
 
+class RaisesAtTheThird:
+    def __init__(self):
+        self.asks = 0
+
+    def decide(self, view):
+        self.asks += 1
+        if self.asks > 2:
+            raise ZeroDivisionError("the third")
+        return Ask(Direction.SELL_UPBIT, Intent.ENTRY, 10**6, 10**6)
+
+
+def test_a_run_that_fails_in_a_burst_can_still_be_looked_at(tape, tmp_path):
+    """What it had decided in the same burst is of a block that was never fed whole."""
+    run = LiveRun(CONFIG, tmp_path, policy=RaisesAtTheThird())
+    run.begin(tape, load_manifest(tape), lambda: 10**9)
+    frames = list(TapeReader(tape).frames())
+    run.take(frames[:1])
+    with pytest.raises(ZeroDivisionError) as raised:
+        run.take(frames[1:])
+    run.lost(raised.value)
+    assert run.look().problem == "the third"
+    run.abandon()
+
+
 def test_a_run_is_one_session(tape, tmp_path):
     run = LiveRun(CONFIG, tmp_path)
     run.begin(tape, load_manifest(tape), lambda: 0)
