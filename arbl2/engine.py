@@ -95,9 +95,8 @@ class Engine:
         self.ledger = Ledger(self.universe, self.state)
         self.policy: Policy | ThresholdPolicy = policy or ThresholdPolicy(config.policy)
         self._decoder = Decoder(self.universe, scanner=scanner)
-        self._decisions: list[NDArray[Any]] = []
-        self._fills: list[NDArray[Any]] = []
-        self._unposted: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        self._events: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        self._posted = 0
         self._digest = RunDigest(config.canonical())
         self._recorded_rules: dict[str, BinanceRules] = {}
         self.frames = 0
@@ -221,29 +220,25 @@ class Engine:
         decisions = self.state.decisions[: counters["decisions"]].copy()
         fills = self.state.fills[: counters["fills"]].copy()
         counters["decisions"] = counters["fills"] = 0
-        self._decisions.append(decisions)
-        self._fills.append(fills)
-        self._unposted.append((decisions, fills))
+        self._events.append((decisions, fills))
 
     def _post(self) -> None:
         """Take new rows into ledger and digest. Not where they are made: whoever waits for a decision waits for that, too."""
-        decisions = _joined([rows for rows, _ in self._unposted], DECISION_DTYPE)
-        fills = _joined([rows for _, rows in self._unposted], FILL_DTYPE)
-        self._unposted.clear()
-        self._digest.update(decisions, fills)
-        self.ledger.add(fills)
+        events = _together(self._events[self._posted :])
+        self._posted = len(self._events)
+        self._digest.update(events.decisions, events.fills)
+        self.ledger.add(events.fills)
 
     @property
     def undrained(self) -> int:
         """Event rows made since the last ``drain``."""
-        return sum(map(len, self._decisions)) + sum(map(len, self._fills))
+        return sum(len(decisions) + len(fills) for decisions, fills in self._events)
 
     def drain(self) -> Events:
         """The event rows made since the last call, in the order written."""
-        decisions, self._decisions = self._decisions, []
-        fills, self._fills = self._fills, []
         self._post()
-        return Events(decisions=_joined(decisions, DECISION_DTYPE), fills=_joined(fills, FILL_DTYPE))
+        events, self._events, self._posted = self._events, [], 0
+        return _together(events)
 
     def finish(self) -> None:
         """The tape ends: orders that arrived by the last frame execute, the rest is written as it stands.
@@ -363,6 +358,13 @@ class Engine:
             self.policy.unpack(meta["policy"])  # type: ignore[union-attr]
 
 
+def _together(events: list[tuple[NDArray[Any], NDArray[Any]]]) -> Events:
+    return Events(
+        decisions=_joined([decisions for decisions, _ in events], DECISION_DTYPE),
+        fills=_joined([fills for _, fills in events], FILL_DTYPE),
+    )
+
+
 def _joined(parts: list[NDArray[Any]], dtype: np.dtype[Any]) -> NDArray[Any]:
     """The rows end to end. As bytes: NumPy joins structured rows field by field, which takes a hundred times as long."""
     return np.frombuffer(bytearray().join(part.tobytes() for part in parts), dtype)
@@ -386,7 +388,7 @@ def warm_loop() -> None:
 
 @functools.cache
 def warm_rest() -> None:
-    """Compile every other kernel that a replay calls, or load it from numba's cache: together they take as long as the loop."""
+    """Compile every other kernel that a replay of raw bytes calls, or load it: together they take as long as the loop."""
     engine = _small_engine()
     # each decoder looks at one frame, which compiles it, and leaves it to the strict one
     frames = [

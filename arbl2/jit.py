@@ -92,3 +92,12 @@ def zeros(dtype: np.dtype[Any]) -> NDArray[Any]:
 def as_records(records: NDArray[Any], views: Any) -> Any:
     """What a kernel gets for the array of one record: itself, or without the compiler a list of an object with its views."""
     return [views] if getattr(numba.config, "DISABLE_JIT", 0) else records
+
+
+def frozen(values: NDArray[Any]) -> NDArray[Any]:
+    """The same, not to be written to: that is part of the type that a kernel is compiled for, and not all readers agree in it."""
+    if not values.flags.writeable:
+        return values
+    values = values.view()
+    values.flags.writeable = False
+    return values

@@ -14,14 +14,13 @@ import msgspec
 import numpy as np
 
 from arbl2.frames import FrameKind
+from arbl2.jit import frozen
 from arbl2.money import NumberRefusedError, parse_e8
 from arbl2.scan import Names, instrument_hash, write_book, write_levels
 from arbl2.updates import MAX_LEVELS, Reason, What
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from numpy.typing import NDArray
 
     from arbl2.frames import ExchangeId, FrameBlock
     from arbl2.updates import UpdateBlock
@@ -112,7 +111,7 @@ class Provider(ABC):
         rows = (is_ours & (block.kind == _MESSAGE)).nonzero()[0]
         if self._scanner:
             u.offsets[: len(block) + 1] = block.offsets
-            self._scan(_sealed(block.data), rows, self._names, u.records, self._totals)
+            self._scan(frozen(block.data), rows, self._names, u.records, self._totals)
         else:
             u.what[rows] = _UNREAD
         for i in rows[u.what[rows] == _UNREAD].tolist():
@@ -125,7 +124,7 @@ class Provider(ABC):
         for i in (is_ours & (block.kind == _RESPONSE)).nonzero()[0].tolist():
             u.what[i] = _UNREAD
             if self._scanner and self._scan_response is not None:
-                self._scan_response(_sealed(block.data), i, u.records)
+                self._scan_response(frozen(block.data), i, u.records)
             if u.what[i] == _UNREAD:
                 self._read_into(self.read_response, block.payload(i), u, i)
 
@@ -165,15 +164,6 @@ class Provider(ABC):
 
 
 _WITH_LEVELS = (Reason.BOOK, Reason.DIFF, Reason.REST)
-
-
-def _sealed(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The same bytes, not to be written to: that is part of the type that a kernel is compiled for, and readers differ in it."""
-    if not data.flags.writeable:
-        return data
-    view = data.view()
-    view.flags.writeable = False
-    return view
 
 
 def _names(books: Mapping[bytes, int]) -> Names:

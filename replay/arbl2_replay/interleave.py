@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arbl2.frames import FrameBlock
-from arbl2.jit import kernel
+from arbl2.jit import frozen, kernel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -56,15 +56,8 @@ def gather(blocks: Sequence[FrameBlock], source: NDArray[np.int64], rows: NDArra
     np.cumsum(lengths, out=offsets[1:])
     data = np.empty(int(offsets[-1]), np.uint8)
     for block, at in zip(blocks, picked, strict=True):
-        _copy_payloads(_frozen(block.data), _frozen(block.offsets), rows[at], data, offsets[at])
+        _copy_payloads(frozen(block.data), frozen(block.offsets), rows[at], data, offsets[at])
     return FrameBlock(**columns, offsets=offsets.astype(np.int32), data=data)
-
-
-def _frozen(values: NDArray[Any]) -> NDArray[Any]:
-    """Not to be written to: that is part of the type that a kernel is compiled for, and what Arrow gives is."""
-    values = values.view()
-    values.flags.writeable = False
-    return values
 
 
 def only(block: FrameBlock, keep: NDArray[np.bool_]) -> FrameBlock:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from arbl2.errors import TapeError
 from arbl2.frames import FrameBlock
+from arbl2.jit import frozen
 from arbl2.places import reason
 from arbl2.updates import HOME_LEVELS, MAX_BLOCK, MAX_CHANGES, MAX_LEVELS, UpdateBlock, What
 from arbl2_replay import store_kernels
@@ -62,7 +63,7 @@ class SliceUpdates:
 
     def __init__(self, columns: dict[str, NDArray[Any]], sorts: Sorts, changes: Changes, where: str) -> None:
         self._columns = columns
-        self._rows = tuple(_frozen(columns[name]) for name in COLUMNS)
+        self._rows = tuple(frozen(columns[name]) for name in COLUMNS)
         self._sorts = sorts
         self._changes = changes
         self._count = len(sorts.books) - 1
@@ -112,13 +113,6 @@ class SliceUpdates:
             raise damaged(self._where)
         self._row += n
         return n
-
-
-def _frozen(values: NDArray[Any]) -> NDArray[Any]:
-    """Not to be written to: that is part of the type that a kernel is compiled for, and what Arrow gives is."""
-    values = values.view()
-    values.flags.writeable = False
-    return values
 
 
 def damaged(where: object) -> TapeError:
@@ -213,7 +207,7 @@ def _changes(levels: pq.ParquetFile, part: Slice, wanted: Sequence[int], books: 
     """The changes of the parts that are wanted."""
     parts = np.zeros((books + 1, store_kernels.PART), np.int64)
     if not wanted:
-        return Changes(_frozen(np.zeros(0, np.int32)), _frozen(np.zeros(0, np.int64)), parts)
+        return Changes(frozen(np.zeros(0, np.int32)), frozen(np.zeros(0, np.int64)), parts)
     kept_parts = [part.parts[j] for j in wanted]
     groups = [part.first_group + j for j in wanted]
     # looked at before they are read, so that a small file cannot take memory without bound
@@ -231,7 +225,7 @@ def _changes(levels: pq.ParquetFile, part: Slice, wanted: Sequence[int], books: 
         far = kept.levels if kept.is_wide else 0
         parts[kept.book + 1, : FAR + 1] = at, at + kept.levels, kept.unit, kept.lot, kept.first_px, far
         at += kept.levels + 2 * far
-    return Changes(_frozen(numbers(table, "code")), _frozen(numbers(table, "qty")), parts)
+    return Changes(frozen(numbers(table, "code")), frozen(numbers(table, "qty")), parts)
 
 
 def _payloads(table: pa.Table) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
