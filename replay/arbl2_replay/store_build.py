@@ -17,7 +17,7 @@ from arbl2.errors import StorageError
 from arbl2.frames import VENUES, ExchangeId, FrameKind
 from arbl2.providers import PROVIDERS
 from arbl2.tape import sha256_of
-from arbl2.updates import HOME_LEVELS, MAX_BOOKS, MAX_LEVELS, UpdateBlock, What
+from arbl2.updates import HOME_LEVELS, MAX_BOOKS, UpdateBlock, What
 from arbl2_replay.store_format import (
     FIRST_SLICE_ROWS,
     LEVELS,
@@ -38,7 +38,7 @@ from arbl2_replay.store_format import (
     instrument_names,
     save_index,
 )
-from arbl2_replay.store_kernels import NO_PRICE, PLACES, shrink
+from arbl2_replay.store_kernels import COPY_BITS, REST_AT, SAME_PRICE, WINDOW, shrink
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -54,7 +54,7 @@ _COPIED = ("exchange_ms", "first_id", "update_id", "check")
 _SORT = np.dtype([(name, "<i4") for name in Sort.__struct_fields__])
 _WITH_LEVELS = (What.BOOK, What.CHANGE, What.SNAPSHOT)
 # Chosen by size and by time to read, see docs/decoded-store.md.
-_IN_A_DICTIONARY = ("sort", "bid_changes", "ask_changes")
+_IN_A_DICTIONARY = ("sort", "changes", "asks")
 _ROW_OPTIONS: dict[str, Any] = {
     "compression": "lz4",
     "use_dictionary": list(_IN_A_DICTIONARY),
@@ -127,21 +127,20 @@ class _Reader:
         return (int(u.what[0]), int(u.reason[0])) == (what, reason)
 
 
-class _Levels:
-    """The levels of a slice in the order of its rows, and which book each belongs to."""
+class _Changes:
+    """The changes of a slice in the order of its rows, and the part of each: 2 x book, and one more if it is of no window."""
 
     def __init__(self, books: int) -> None:
-        self._kept = np.empty(LEVELS_AT_ONCE, np.int8), np.empty(LEVELS_AT_ONCE, np.int64), np.empty(LEVELS_AT_ONCE, np.int64)
-        self.book = np.empty(LEVELS_AT_ONCE, np.int16)
+        self._kept: tuple[NDArray[Any], ...] = tuple(np.empty(LEVELS_AT_ONCE, dtype) for dtype in (np.int8, np.int8, np.int64, np.int64))
+        self.part = np.empty(LEVELS_AT_ONCE, np.int16)
         self.n = 0
-        sides = 2 * books
-        self._windows = (*(np.zeros(sides * MAX_LEVELS, np.int64) for _ in range(2)), np.zeros(sides, np.int64))
+        self._windows = (*(np.zeros(books * WINDOW, np.int64) for _ in range(2)), np.zeros(2 * books, np.int64))
 
     def add(self, u: UpdateBlock, n: int, book: NDArray[np.int32]) -> NDArray[np.int16]:
-        """Keep the levels of ``n`` rows; returns how many of each row and side."""
+        """Keep the changes of ``n`` rows; returns how many of each row, and how many of them are asks that are no window."""
         counts = np.zeros((n, 2), np.int16)
         stop = int(shrink(u.records, n, self._windows, counts, self._kept, self.n))
-        self.book[self.n : stop] = np.repeat(book, counts.sum(axis=1))
+        self.part[self.n : stop] = np.repeat(2 * book + (u.what[:n] != What.BOOK), counts[:, 0])
         self.n = stop
         return counts
 
@@ -150,33 +149,44 @@ class _Levels:
         self._windows[-1][:] = 0
 
     def groups(self) -> list[tuple[Part, pa.Table]]:
-        """Book by book, in the order of the rows."""
+        """Part by part, in the order of the rows."""
         if not self.n:
             return []
-        order = np.argsort(self.book[: self.n], kind="stable")
-        numbers, starts = np.unique(self.book[: self.n][order], return_index=True)
-        place, px, qty = self._kept
+        order = np.argsort(self.part[: self.n], kind="stable")
+        numbers, starts = np.unique(self.part[: self.n][order], return_index=True)
         return [
-            _packed(int(book), place[rows], px[rows], qty[rows])
-            for book, rows in zip(numbers, np.split(order, starts[1:]), strict=True)
+            _packed(int(number) >> 1, not number & 1, *(kept[rows] for kept in self._kept))
+            for number, rows in zip(numbers, np.split(order, starts[1:]), strict=True)
         ]
 
 
-def _packed(book: int, place: NDArray[np.int8], px: NDArray[np.int64], qty: NDArray[np.int64]) -> tuple[Part, pa.Table]:
-    """Levels in codes and lots, see ``store_kernels``."""
-    is_new = px != NO_PRICE
+def _packed(
+    book: int,
+    has_windows: bool,
+    copied: NDArray[np.int8],
+    gone: NDArray[np.int8],
+    px: NDArray[np.int64],
+    qty: NDArray[np.int64],
+) -> tuple[Part, pa.Table]:
+    """Changes in codes and lots, see ``store_kernels``."""
+    is_new = px >= 0
     prices = px[is_new]
     first_px = int(prices[0]) if len(prices) else 0
     unit = max(int(np.gcd.reduce(np.diff(prices))), 1) if len(prices) > 1 else 1
-    lot = max(int(np.gcd.reduce(qty)), 1)
     steps = np.diff(prices, prepend=first_px) // unit
     folded = (steps << 1) ^ (steps >> 63)
-    is_wide = bool(len(folded)) and int(folded.view(np.uint64).max()) >= 2**31 // PLACES - 1
-    code, lots = place.astype(np.int64), qty // lot
-    code[is_new] += PLACES if is_wide else (folded + 1) * PLACES
+    rest_at = REST_AT if has_windows else 0
+    is_wide = bool(len(folded)) and int(folded.view(np.uint64).max()) >= 2 ** (31 - rest_at) - 2
+    rest = (px == SAME_PRICE).astype(np.int64)
+    rest[is_new] = 2 if is_wide else folded + 2
+    code = copied + (gone.astype(np.int64) << COPY_BITS) + (rest << rest_at)
+    sizes = qty[rest > 0]
+    lot = max(int(np.gcd.reduce(sizes)), 1)
     if is_wide:
-        code, lots = np.concatenate((code, px, px >> 32)), np.concatenate((lots, np.zeros(2 * len(lots), np.int64)))
-    part = Part(book=book, levels=len(px), unit=unit, lot=lot, first_px=first_px, is_wide=is_wide)
+        code = np.concatenate((code, px, px >> 32))
+    lots = np.zeros(len(code), np.int64)
+    lots[: len(sizes)] = sizes // lot
+    part = Part(book=book, has_windows=has_windows, changes=len(px), unit=unit, lot=lot, first_px=first_px, is_wide=is_wide)
     return part, pa.Table.from_arrays([_column(code.astype(np.int32)), _column(lots)], schema=LEVELS)
 
 
@@ -208,7 +218,7 @@ class _Writer:
     def __init__(self, decoder: _Reader, rows: pq.ParquetWriter, levels: pq.ParquetWriter) -> None:
         self._decoder = decoder
         self._files = rows, levels
-        self._levels = _Levels(len(decoder.books))
+        self._changes = _Changes(len(decoder.books))
         self._blocks: list[dict[str, NDArray[Any]]] = []
         self._payloads: list[bytes] = []
         self._rows = self._payload = self._groups = 0
@@ -223,17 +233,17 @@ class _Writer:
             stop = min(fitting(block, start), start + most - self._rows)
             self._add(block.slice(start, stop))
             start = stop
-            if self._rows == most or self._levels.n >= MAX_SLICE_LEVELS or self._payload >= MAX_SLICE_PAYLOAD:
+            if self._rows == most or self._changes.n >= MAX_SLICE_LEVELS or self._payload >= MAX_SLICE_PAYLOAD:
                 self.end_slice()
 
     def _add(self, block: FrameBlock) -> None:
         n, u = len(block), self._decoder.updates
         book, otherwise = self._decoder.decode(block)
         what = u.what[:n].copy()
-        counts = self._levels.add(u, n, book)
+        counts = self._changes.add(u, n, book)
         columns: dict[str, NDArray[Any]] = {"seq": block.seq, "mono_ns": block.mono_ns, "what": what, "book": book}
         columns |= {name: getattr(u, name)[:n].copy() for name in _COPIED}
-        columns |= {"sort": self._sort(block, book, otherwise, what), "bid_changes": counts[:, 0], "ask_changes": counts[:, 1]}
+        columns |= {"sort": self._sort(block, book, otherwise, what), "changes": counts[:, 0], "asks": counts[:, 1]}
         self._blocks.append(columns)
         self._keep_payloads(block, what)
         self._rows += n
@@ -279,7 +289,7 @@ class _Writer:
             [_column(steps[name]) for name in ROWS.names if name in steps] + [pa.array(self._payloads, pa.binary())], schema=ROWS
         )
         rows.write_table(table, row_group_size=SLICE_ROWS)
-        groups = self._levels.groups()
+        groups = self._changes.groups()
         for _, group in groups:
             levels.write_table(group, row_group_size=len(group))
         sorts = self.sorts
@@ -296,7 +306,7 @@ class _Writer:
         )
         self._groups += len(groups)
         self._blocks, self._payloads, self._rows, self._payload = [], [], 0, 0
-        self._levels.start_anew()
+        self._changes.start_anew()
 
 
 def build(files: Files, instruments: Mapping[str, Sequence[str]], blocks: Iterable[FrameBlock], segment: Kept) -> Index:

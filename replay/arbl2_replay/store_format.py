@@ -64,14 +64,14 @@ ROWS = pa.schema(
         pa.field("first_id", pa.int64(), nullable=False),  # of a depth change its distance from the update_id before
         pa.field("update_id", pa.int64(), nullable=False),  # step, as of exchange_ms
         pa.field("check", pa.int64(), nullable=False),
-        pa.field("bid_changes", pa.int16(), nullable=False),
-        pa.field("ask_changes", pa.int16(), nullable=False),
+        pa.field("changes", pa.int16(), nullable=False),
+        pa.field("asks", pa.int16(), nullable=False),  # of the changes, 0 for windows
         pa.field("payload", pa.binary(), nullable=False),  # alarms and REST bodies that are no snapshot; empty for all others
     ]
 )
 """Steps begin at 0 in each slice and wrap, so that every number is exact."""
 LEVELS = pa.schema([pa.field("code", pa.int32(), nullable=False), pa.field("qty", pa.int64(), nullable=False)])
-"""As ``store_kernels`` has them. Sizes beside halves of prices are 0."""
+"""As ``store_kernels`` has them. There are fewer sizes than codes; zeros fill the column."""
 MAX_SORTS = 2**16
 
 
@@ -145,13 +145,15 @@ class Sort(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """The levels of one book (-1: of none) in a slice: how many, the units of their prices and sizes, and the first price, 10^-8.
+    """Changes of one book (-1: of none) in a slice: how many, the units of their prices and sizes, and the first price, 10^-8.
 
-    ``is_wide``: the low halves of prices stand behind the codes and the high ones behind those, in three times as many rows.
+    They are those of its windows, or its other levels. ``is_wide``: the low halves of prices stand behind the codes and the high
+    ones behind those, in three times as many rows.
     """
 
     book: BookNumber
-    levels: Count
+    has_windows: bool
+    changes: Count
     unit: Count
     lot: Count
     first_px: Count

@@ -14,10 +14,24 @@ from arbl2.errors import TapeError
 from arbl2.frames import FrameBlock
 from arbl2.jit import frozen
 from arbl2.places import reason
-from arbl2.updates import HOME_LEVELS, MAX_BLOCK, MAX_CHANGES, MAX_LEVELS, UpdateBlock, What
+from arbl2.updates import HOME_LEVELS, MAX_BLOCK, MAX_CHANGES, UpdateBlock, What
 from arbl2_replay import store_kernels
 from arbl2_replay.store_format import LEVELS, LEVELS_AT_ONCE, MOST_SLICE_BYTES, MOST_SLICE_ROWS, ROWS, Sort, numbers
-from arbl2_replay.store_kernels import BOOK, COLUMNS, DAMAGED, FAR, N_ASK, N_BID, REASON, RUN_BOOK, WHAT, expand
+from arbl2_replay.store_kernels import (
+    BOOK,
+    COLUMNS,
+    DAMAGED,
+    FAR,
+    LATEST,
+    N_ASK,
+    N_BID,
+    REASON,
+    RUN_BOOK,
+    STAND,
+    WHAT,
+    WINDOW,
+    expand,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -72,11 +86,12 @@ class SliceUpdates:
         self._begin()
 
     def _begin(self) -> None:
-        sides = 2 * self._count
+        books = self._count
         self._row = 0
         self._parts = self._changes.parts.copy()
-        self._windows = (*(np.zeros(sides * MAX_LEVELS, np.int64) for _ in range(2)), np.zeros(sides, np.int64))
-        self._stands = np.zeros(self._count, np.int64)
+        self._latest = np.zeros((books + 1, LATEST), np.int64)
+        self._windows = (*(np.zeros(books * WINDOW, np.int64) for _ in range(2)), np.zeros(2 * books, np.int64))
+        self._stands = np.zeros((books, STAND), np.int64)
 
     def of_rank(self, shift: int) -> SliceUpdates:
         """The same for frames whose ``seq`` is larger by ``shift``."""
@@ -106,7 +121,7 @@ class SliceUpdates:
         n = int(
             expand(
                 *(self._rows, self._sorts.meaning, self._row, stop, codes, sizes),
-                *(self._parts, self._windows, self._stands, u.records),
+                *(self._parts, self._latest, self._windows, self._stands, u.records),
             )
         )
         if n == DAMAGED:
@@ -197,34 +212,36 @@ def _read(
 
 def _is_sound(columns: Mapping[str, NDArray[Any]], sorts: int) -> bool:
     """Nothing that would make a kernel look outside its arrays."""
-    changes = (columns[name] for name in ("bid_changes", "ask_changes"))
-    counts = all(int(count.min()) >= 0 and int(count.max()) <= MAX_CHANGES for count in changes)
+    changes, asks = columns["changes"], columns["asks"]
+    bids = changes - asks
+    counts = min(int(bids.min()), int(asks.min())) >= 0 and max(int(bids.max()), int(asks.max())) <= MAX_CHANGES
     seq = columns["seq"]
     return int(columns["sort"].max()) < sorts and counts and bool(np.all(seq[1:] > seq[:-1]))
 
 
 def _changes(levels: pq.ParquetFile, part: Slice, wanted: Sequence[int], books: int) -> Changes:
     """The changes of the parts that are wanted."""
-    parts = np.zeros((books + 1, store_kernels.PART), np.int64)
+    parts = np.zeros((2 * books, store_kernels.PART), np.int64)
     if not wanted:
         return Changes(frozen(np.zeros(0, np.int32)), frozen(np.zeros(0, np.int64)), parts)
     kept_parts = [part.parts[j] for j in wanted]
     groups = [part.first_group + j for j in wanted]
     # looked at before they are read, so that a small file cannot take memory without bound
     if groups[-1] >= levels.num_row_groups or [levels.metadata.row_group(group).num_rows for group in groups] != [
-        kept.levels * (3 if kept.is_wide else 1) for kept in kept_parts
+        kept.changes * (3 if kept.is_wide else 1) for kept in kept_parts
     ]:
         raise ValueError("its levels are not those of its index")
-    if sum(kept.levels for kept in kept_parts) > LEVELS_AT_ONCE:
+    if sum(kept.changes for kept in kept_parts) > LEVELS_AT_ONCE:
         raise ValueError("it has more levels than this arbl2 writes")
     table = levels.read_row_groups(groups, use_threads=False)
     at = 0
     for kept in kept_parts:
         if kept.book + 2 > books:
             raise ValueError("its levels are of a book that there is not")
-        far = kept.levels if kept.is_wide else 0
-        parts[kept.book + 1, : FAR + 1] = at, at + kept.levels, kept.unit, kept.lot, kept.first_px, far
-        at += kept.levels + 2 * far
+        far = kept.changes if kept.is_wide else 0
+        of = parts[2 * (kept.book + 1) + (not kept.has_windows)]
+        of[: FAR + 1] = at, at + kept.changes, at, kept.unit, kept.lot, kept.first_px, far
+        at += kept.changes + 2 * far
     return Changes(frozen(numbers(table, "code")), frozen(numbers(table, "qty")), parts)
 
 

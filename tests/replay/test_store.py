@@ -190,6 +190,49 @@ def test_columns_are_those_of_the_engine(seed, wild, folder):
     shutil.rmtree(tape)
 
 
+def after(side, rng, grid, *, asks):
+    """What may become of one side of a window, however unlikely: levels gone, come and of other sizes; all of them, or none."""
+    going, coming, resizing = (rng.choice((0.0, 0.1, 1.0)) for _ in range(3))
+    levels = {px: size for px, size in side if rng.random() >= going}
+    levels |= {px: rng.choice((0, size, size + 1)) for px, size in levels.items() if rng.random() < resizing}
+    levels |= {rng.choice(grid): rng.choice((0, 1, 10**12)) for _ in range(30) if rng.random() < coming}
+    return sorted(levels.items(), reverse=not asks)[: rng.choice((0, 1, 20, 30, 30, 30))]
+
+
+@given(seed=seeds)
+@examples(12)
+def test_windows_come_back_whatever_changes_between_them(seed, folder):
+    rng = Random(seed)
+    most = rng.choice((60, 10**4, 10**18))
+    grid = sorted({rng.randrange(1, most) for _ in range(90)})
+    middle = len(grid) // 2
+    books = {coin: ([], []) for coin in ("BTC", "XRP")}
+    found = Market()
+    for k in range(120):
+        coin = rng.choice((*books,))
+        bids, asks = books[coin]
+        if rng.random() < 0.9:
+            bids = after(bids, rng, grid[:middle], asks=False) if rng.random() < 0.7 else bids
+            asks = after(asks, rng, grid[middle:], asks=True) if rng.random() < 0.7 else asks
+        if rng.random() < 0.1:
+            bids, asks = [], asks[-1:]
+        books[coin] = bids, asks
+        book = Book(*([level[j] for level in side] for side in (bids, asks) for j in (0, 1)))
+        payload = binance_combined(f"{coin.lower()}usdt@depth20", binance_depth(book, k + 1, depth=MAX_LEVELS))
+        found.add(k, "binance", FrameKind.MESSAGE, payload)
+    tape = found.write(folder / f"windows-{seed}")
+    engine, reader = Engine(INSTRUMENTS, RunConfig()), TapeReader(tape)
+    expected = decoded_rows(engine.decode, found.block(), 100)
+    assert {row[0] for row in expected} == {"BOOK"}
+    store = make_store(reader, 0)
+    numbers = np.array([*range(len(store.index.instruments)), -1], np.int32)
+    got = []
+    for part in read_slices(store.files, store.index, range(len(store.index.slices)), reader.anchor, numbers):
+        got += decoded_rows(part.updates.decode, part.frames, rng.choice((1, 7, 100)))
+    assert got == expected
+    shutil.rmtree(tape)
+
+
 def test_slices_can_be_entered_anywhere(folder):
     frames = soups.soup(5, 250).frames
     tape = tape_of(folder / "anywhere", frames, soups.ANCHOR, soups.INSTRUMENTS)
@@ -228,18 +271,18 @@ def test_more_levels_than_there_is_room_for(tmp_path, monkeypatch):
 
 def test_the_largest_block_there_can_be_has_room():
     """Changes as they are beside windows that share nothing with the window before, behind a slice that is all but full."""
-    u, n, changes = UpdateBlock(), MAX_BLOCK, 5
+    u, n, plain = UpdateBlock(), MAX_BLOCK, 5
     u.what[:n], u.book[:n] = What.BOOK, 0
-    u.what[:changes] = What.CHANGE
-    sizes = np.where(np.arange(n) < changes, MAX_CHANGES, MAX_LEVELS)
+    u.what[:plain] = What.CHANGE
+    sizes = np.where(np.arange(n) < plain, MAX_CHANGES, MAX_LEVELS)
     u.n_bid[:n] = u.n_ask[:n] = sizes
     u.start[:n] = HOME_LEVELS + 2 * np.concatenate(([0], np.cumsum(sizes)[:-1]))
     u.px_e8[HOME_LEVELS:] = np.arange(len(u.px_e8) - HOME_LEVELS) + 1  # bids rise, so that no level is where it was
     u.qty_e8[HOME_LEVELS:] = 1
-    levels = store_build._Levels(1)
-    levels.n = MAX_SLICE_LEVELS - 1
-    counts = levels.add(u, n, np.zeros(n, np.int32))
-    assert levels.n == MAX_SLICE_LEVELS - 1 + counts.astype(int).sum() <= LEVELS_AT_ONCE
+    changes = store_build._Changes(1)
+    changes.n = MAX_SLICE_LEVELS - 1
+    counts = changes.add(u, n, np.zeros(n, np.int32))
+    assert changes.n == MAX_SLICE_LEVELS - 1 + counts[:, 0].astype(int).sum() <= LEVELS_AT_ONCE
 
 
 def test_a_slice_without_levels(tmp_path):
@@ -501,7 +544,7 @@ def rewritten(tape, part, change, **index_too):
     save_index(files, msgspec.structs.replace(index, **{part: kept}, **index_too))
 
 
-@pytest.mark.parametrize("name", ["bid_changes", "ask_changes"])
+@pytest.mark.parametrize("name", ["changes", "asks"])
 def test_more_changes_than_a_kernel_has_room_for_are_refused(tmp_path, name):
     found = Market()
     found.add(
