@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint types fmt golden bench bench-record bench-calibrate bench-serve bench-peers bench-pacing bench-travel kills stall frames size integrity scale soak long-run clients cov docs build clean
+.PHONY: help setup demo test lint types fmt golden bench bench-record bench-calibrate bench-serve bench-peers bench-pacing bench-travel kills stall frames size integrity scale soak long-run clients bounds cov docs build clean
 .DEFAULT_GOAL := help
 
 help: ## list the verbs
@@ -106,6 +106,12 @@ cov: export NUMBA_DISABLE_JIT := 1
 cov: setup ## run the tests in Python without compiled kernels and report the lines not reached (slow)
 	$(BIN)/python -m coverage run --source=arbl2,arbl2_recorder,arbl2_replay,arbl2_calibration -m pytest --timeout=0
 	$(BIN)/python -m coverage report --show-missing --skip-covered
+
+bounds: export NUMBA_BOUNDSCHECK := 1
+bounds: export NUMBA_CACHE_DIR := $(CURDIR)/.venv/bounds
+bounds: export ARBL2_EFFORT := 5
+bounds: setup ## run what feeds the kernels wild and forged input, with every index into an array checked (2 minutes)
+	$(BIN)/python -m pytest -q -n 2 tests/core tests/properties tests/golden tests/replay/test_store.py
 
 docs: setup ## write docs/cli.md from the command line's own help
 	$(BIN)/python -m typer arbl2.cli utils docs --name arbl2 --title "The command line" --output docs/cli.md
