@@ -28,6 +28,7 @@ from arbl2_replay.compare_tapes import (
     payload_change,
 )
 from arbl2_replay.sinks import DECISIONS, FILLS, RUN_JSON
+from arbl2_replay.steering import SESSION_BITS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -297,26 +298,33 @@ class _Recordings:
     def around_event(self, event: EventDifference) -> None:
         """The frames that an event hangs on: the one it was decided at, and for a fill the one where it met its last book."""
         row = event.earlier
-        seq, time_ns = int(row["seq"]), int(row["time_ns"])
+        seq, time_ns = int(row["seq"]) % (1 << SESSION_BITS), int(row["time_ns"])
+        # the recording of the run that the row is from knows its frame; the other one may be of other times
+        sides = [[tape for tape in (pair if row is event.a else pair[::-1]) if tape is not None] for pair in self._pairs]
         try:
-            for pair in self._pairs:
-                # the recording of the run that the row is from knows its frame; the other one may be of other times
-                tapes = [tape for tape in (pair if row is event.a else pair[::-1]) if tape is not None]
-                if not any(tape.holds(seq, time_ns) for tape in tapes):
-                    continue
-                self._window("frames around the decision", pair, seq)
+            at = next((k for k, tapes in enumerate(sides) if any(tape.holds(seq, time_ns) for tape in tapes)), None)
+            if at is not None:
+                self._window("frames around the decision", self._pairs[at], seq)
                 if event.table == FILLS:
-                    focus_ns = int(row["after_ns"]) or int(row["arrive_ns"])
-                    found = (tape.first_seq_at(seq, focus_ns) for tape in tapes)
-                    late = next((at for at in found if at is not None), None)
-                    if late is not None and late != seq:
-                        self._window(f"frames around its {'resolution' if row['after_ns'] else 'arrival'}", pair, late)
+                    self._outcome(row, sides, at, seq)
                 return
         except Arbl2Error as error:
             self._note(error)
             return
-        if any(tape is not None for pair in self._pairs for tape in pair):
+        if any(sides):
             self.notes.append(f"no recording has frame {seq:,} at the time of the event.")
+
+    def _outcome(self, row: dict[str, Any], sides: Sequence[Sequence[Recording]], at: int, seq: int) -> None:
+        """The frame of any recording at which a fill met its last book; it was decided at ``seq`` of recording ``at``."""
+        focus_ns = int(row["after_ns"]) or int(row["arrive_ns"])
+        found = [
+            (seen.time_ns, k, seen.frame.seq)
+            for k, tapes in enumerate(sides)
+            if (seen := _first_at(tapes, seq if k == at else 0, focus_ns)) is not None
+        ]
+        _, k, late = min(found, default=(0, at, seq))
+        if (k, late) != (at, seq):
+            self._window(f"frames around its {'resolution' if row['after_ns'] else 'arrival'}", self._pairs[k], late)
 
     def _window(self, title: str, pair: tuple[Recording | None, Recording | None], seq: int) -> None:
         ours, theirs = pair
@@ -329,6 +337,10 @@ class _Recordings:
         window = Window(title, session, pairs, focus, one_tape=one_tape, fields=fields)
         if not any(_holds(shown, session, seq) for shown in self.windows):
             self.windows.append(window)
+
+
+def _first_at(tapes: Sequence[Recording], from_seq: int, time_ns: int) -> Seen | None:
+    return next((seen for tape in tapes if (seen := tape.first_at(from_seq, time_ns)) is not None), None)
 
 
 def _holds(shown: Window, session: str, seq: int) -> bool:

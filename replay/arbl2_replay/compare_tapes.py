@@ -100,12 +100,12 @@ class Recording:
         """Whether the frame ``seq`` is of this engine time. Every recording counts from 1, so it takes both to know a frame."""
         return any(seen.time_ns == time_ns for seen in self.frames(seq, seq))
 
-    def first_seq_at(self, from_seq: int, time_ns: int) -> int | None:
-        """``seq`` of the first frame from ``from_seq`` on at or after an engine time; None if the recording ends before."""
+    def first_at(self, from_seq: int, time_ns: int) -> Seen | None:
+        """The first frame from ``from_seq`` on at or after an engine time; None if the recording ends before."""
         for block in self.blocks([segment for segment in self.manifest.segments if segment.last_seq >= from_seq]):
             late = np.flatnonzero((block.time_ns >= time_ns) & (block.seq >= from_seq))
             if len(late):
-                return int(block.seq[late[0]])
+                return _seen(block, int(late[0]))
         return None
 
 

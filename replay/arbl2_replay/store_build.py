@@ -131,7 +131,9 @@ class _Changes:
     """The changes of a slice in the order of its rows, and the part of each: 2 x book, and one more if it is of no window."""
 
     def __init__(self, books: int) -> None:
-        self._kept: tuple[NDArray[Any], ...] = tuple(np.empty(LEVELS_AT_ONCE, dtype) for dtype in (np.int8, np.int8, np.int64, np.int64))
+        self._kept: tuple[NDArray[Any], ...] = tuple(
+            np.empty(LEVELS_AT_ONCE, dtype) for dtype in (np.int8, np.int8, np.int64, np.int64)
+        )
         self.part = np.empty(LEVELS_AT_ONCE, np.int16)
         self.n = 0
         self._windows = (*(np.zeros(books * WINDOW, np.int64) for _ in range(2)), np.zeros(2 * books, np.int64))

@@ -369,6 +369,22 @@ def test_runs_of_several_recordings(tape, tmp_path, out):
     assert names(compare(a, b).inputs)[:3] == ["tape 2.session", "tape 2.sha256", "tape 2.state"]
 
 
+def test_events_of_a_run_of_several_show_frames_of_the_recording_they_are_of(tmp_path, out):
+    """Each venue has a recorder of its own: an order is decided on a frame of one and may be resolved by one of the other."""
+    tapes, whole = [], market().frames
+    for venue in ("upbit", "binance"):
+        part = Market()
+        heard = (frame for frame in whole if frame.venue == venue)
+        part.frames = [dataclasses.replace(frame, seq=seq) for seq, frame in enumerate(heard, 1)]
+        tapes.append(part.write(tmp_path / "tapes" / venue, venue))
+    slower = msgspec.structs.replace(CONFIG, paper=msgspec.structs.replace(CONFIG.paper, upbit_latency_ms=120.0))
+    a, b, c = (replay(tapes, config, out=out).run_dir for config in (CONFIG, threshold(size_krw="2000000"), slower))
+    for other, table, shown in ((b, DECISIONS, [("binance", [1, 1])]), (c, FILLS, [("binance", [1, 1]), ("upbit", [4, 4])])):
+        found = compare(a, other, around=0)
+        assert (found.first.table, found.notes) == (table, ())
+        assert [(window.session, focus(window)) for window in found.windows] == shown
+
+
 def test_recordings_in_an_object_store(tape, tmp_path, out, store):
     other = forged(tape, tmp_path / "other", replaced(9, ASK, ASK.replace(b"100000.0", b"100000.5")))
     for folder in (tape, other):
