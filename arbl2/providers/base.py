@@ -105,10 +105,11 @@ class Provider(ABC):
     def decode(self, block: FrameBlock, updates: UpdateBlock) -> None:
         """Fill the rows of this venue's messages; every other row is left alone."""
         u = updates
-        is_ours = block.venue == self.venue_code
-        if not is_ours.any():
+        ours = (block.venue == self.venue_code).nonzero()[0]
+        if not len(ours):
             return
-        rows = (is_ours & (block.kind == _MESSAGE)).nonzero()[0]
+        kinds = block.kind[ours]
+        rows = ours[kinds == _MESSAGE]
         if self._scanner:
             u.offsets[: len(block) + 1] = block.offsets
             self._scan(frozen(block.data), rows, self._names, u.records, self._totals)
@@ -116,12 +117,12 @@ class Provider(ABC):
             u.what[rows] = _UNREAD
         for i in rows[u.what[rows] == _UNREAD].tolist():
             self._read_into(self.read, block.payload(i), u, i)
-        if len(rows) == np.count_nonzero(is_ours):
+        if len(rows) == len(ours):
             return
-        for i in (is_ours & (block.kind == _REQUEST)).nonzero()[0].tolist():
+        for i in ours[kinds == _REQUEST].tolist():
             u.what[i] = What.ASKED
             u.book[i] = self.books.get(self.asked(block.payload(i)), -1)
-        for i in (is_ours & (block.kind == _RESPONSE)).nonzero()[0].tolist():
+        for i in ours[kinds == _RESPONSE].tolist():
             u.what[i] = _UNREAD
             if self._scanner and self._scan_response is not None:
                 self._scan_response(frozen(block.data), i, u.records)

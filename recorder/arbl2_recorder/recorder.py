@@ -140,7 +140,6 @@ class _Run:
         self._on_status = on_status
         self._stop = stop
         self._loop = asyncio.get_running_loop()
-        self._over = asyncio.Event()
         self._ended = ""
         self._ended_ns = 0
         self._error: Exception | None = None
@@ -217,9 +216,7 @@ class _Run:
 
     def _end(self, why: str, error: Exception | None = None) -> None:
         self._error = self._error or error
-        if not self._ended:
-            self._ended = why
-            self._over.set()
+        self._ended = self._ended or why
 
     def _fail(self, error: Exception) -> None:
         """From any thread: the recording cannot go on."""
@@ -285,9 +282,8 @@ class _Run:
         sampled = session.clock_sample()
         status_ns = self._started_ns
         rules_ns = 0
-        while not self._over.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._over.wait(), TICK_S)
+        while not self._ended:
+            await asyncio.sleep(TICK_S)
             now_ns = clock.mono_ns()
             stepped = _stepped(sampled)
             if stepped or now_ns - sampled.mono_ns >= config.clock_s * 1e9:
