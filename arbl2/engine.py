@@ -156,6 +156,8 @@ class Engine:
 
     def _rule_rows(self, block: FrameBlock) -> list[int]:
         """Frames that hold a body of Binance's exchangeInfo: order rules that count from there on."""
+        if _RESPONSE not in block.kind.tobytes():
+            return []
         rows = (block.kind == _RESPONSE).nonzero()[0].tolist()
         return [row for row in rows if block.venue[row] == BINANCE and b'"symbols"' in block.payload(row)]
 

@@ -214,7 +214,8 @@ class FrameBlock:
         """Columns that are views of packed heads (``HEAD_DTYPE``) and of the payloads end to end, as long as the heads say."""
         offsets = np.zeros(len(heads) + 1, dtype=np.int32)
         offsets[1:] = heads["size"]
-        np.add.accumulate(offsets, out=offsets)
+        if len(heads) > 1:
+            np.add.accumulate(offsets, out=offsets)
         return cls(
             time_ns=heads["mono_ns"] + np.int64(anchor.wall_ns - anchor.mono_ns),
             offsets=offsets,

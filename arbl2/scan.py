@@ -566,9 +566,17 @@ def _write_book(u: Value, i: int, book: int, at: int, n: int, m: int, totals: In
     _write_levels(u, i, book, _BOOK if why == _R_BOOK else _DOUBT, why, at, bids, asks)
 
 
+@part
+def _unread(u: Value, rows: NDArray[np.int64]) -> int:
+    unread = 0
+    for r in range(len(rows)):
+        unread += u.what[rows[r]] == _UNREAD
+    return unread
+
+
 @kernel
-def scan_upbit(data: Bytes, rows: NDArray[np.int64], names: Names, updates: Value, totals: Ints) -> None:
-    """Scan the frames ``rows`` of a block into update columns; rows of another grammar become UNREAD."""
+def scan_upbit(data: Bytes, rows: NDArray[np.int64], names: Names, updates: Value, totals: Ints) -> int:
+    """Scan the frames ``rows`` of a block into update columns; rows of another grammar become UNREAD. Returns how many did."""
     u = updates[0]
     for r in range(len(rows)):
         i = rows[r]
@@ -587,11 +595,12 @@ def scan_upbit(data: Bytes, rows: NDArray[np.int64], names: Names, updates: Valu
         u.first_id[i] = 0
         u.update_id[i] = 0
         _write_book(u, i, book, at, units, units, totals)
+    return _unread(u, rows)
 
 
 @kernel
-def scan_binance(data: Bytes, rows: NDArray[np.int64], names: Names, updates: Value, totals: Ints) -> None:
-    """Scan the frames ``rows`` of a block into update columns; rows of another grammar become UNREAD."""
+def scan_binance(data: Bytes, rows: NDArray[np.int64], names: Names, updates: Value, totals: Ints) -> int:
+    """Scan the frames ``rows`` of a block into update columns; rows of another grammar become UNREAD. Returns how many did."""
     u = updates[0]
     for r in range(len(rows)):
         i = rows[r]
@@ -632,6 +641,7 @@ def scan_binance(data: Bytes, rows: NDArray[np.int64], names: Names, updates: Va
             u.reason[i] = _R_UNKNOWN
         else:
             _write_levels(u, i, book, _CHANGE, _R_DIFF, at, bids, asks)
+    return _unread(u, rows)
 
 
 @part

@@ -17,7 +17,7 @@ from arbl2.frames import FrameKind
 from arbl2.jit import frozen
 from arbl2.money import NumberRefusedError, parse_e8
 from arbl2.scan import Names, instrument_hash, write_book, write_levels
-from arbl2.updates import MAX_LEVELS, Reason, What
+from arbl2.updates import MAX_BLOCK, MAX_LEVELS, Reason, What
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # plain numbers: a member of an enum takes longer to look up than a small block takes to scan
 _MESSAGE, _REQUEST, _RESPONSE = int(FrameKind.MESSAGE), int(FrameKind.REQUEST), int(FrameKind.RESPONSE)
 _UNREAD = int(What.UNREAD)
+_EVERY_ROW = np.arange(MAX_BLOCK)
 _NUMBER_REASONS = {
     "number": Reason.BAD_NUMBER,
     "negative": Reason.NEGATIVE,
@@ -79,7 +80,7 @@ class Provider(ABC):
 
     venue: ExchangeId
     venue_code: int
-    _scan: Callable[..., None]
+    _scan: Callable[..., int]
     _scan_response: Callable[..., None] | None = None
 
     def __init__(self, books: Mapping[str, int], *, scanner: bool = True) -> None:
@@ -104,21 +105,24 @@ class Provider(ABC):
 
     def decode(self, block: FrameBlock, updates: UpdateBlock) -> None:
         """Fill the rows of this venue's messages; every other row is left alone."""
-        u = updates
-        ours = (block.venue == self.venue_code).nonzero()[0]
-        if not len(ours):
+        u, n = updates, len(block)
+        if not (count := block.venue.tobytes().count(self.venue_code)):
             return
-        kinds = block.kind[ours]
-        rows = ours[kinds == _MESSAGE]
+        are_all = count == n and block.kind.tobytes().count(_MESSAGE) == n
+        ours = _EVERY_ROW[:n] if are_all else (block.venue == self.venue_code).nonzero()[0]
+        rows = ours if are_all else ours[block.kind[ours] == _MESSAGE]
+        unread = len(rows)
         if self._scanner:
-            u.offsets[: len(block) + 1] = block.offsets
-            self._scan(frozen(block.data), rows, self._names, u.records, self._totals)
+            u.offsets[: n + 1] = block.offsets
+            unread = self._scan(frozen(block.data), rows, self._names, u.records, self._totals)
         else:
             u.what[rows] = _UNREAD
-        for i in rows[u.what[rows] == _UNREAD].tolist():
-            self._read_into(self.read, block.payload(i), u, i)
-        if len(rows) == len(ours):
+        if unread:
+            for i in rows[u.what[rows] == _UNREAD].tolist():
+                self._read_into(self.read, block.payload(i), u, i)
+        if len(rows) == count:
             return
+        kinds = block.kind[ours]
         for i in ours[kinds == _REQUEST].tolist():
             u.what[i] = What.ASKED
             u.book[i] = self.books.get(self.asked(block.payload(i)), -1)
