@@ -261,8 +261,10 @@ class _Recordings:
         self.changes: list[Change] = []
         self.windows: list[Window] = []
         self.notes: list[str] = []
+        self._runs = a, b
+        self._refs = _paired(a, b)
         self._pairs: list[tuple[Recording | None, Recording | None]] = []
-        for ours, theirs in _paired(a, b):
+        for ours, theirs in self._refs:
             mine = self._open(ours, tapes)
             one = ours is not None and theirs is not None and ours.sha256 == theirs.sha256
             self._pairs.append((mine, mine if one and mine is not None else self._open(theirs, tapes)))
@@ -297,34 +299,37 @@ class _Recordings:
 
     def around_event(self, event: EventDifference) -> None:
         """The frames that an event hangs on: the one it was decided at, and for a fill the one where it met its last book."""
-        row = event.earlier
-        seq, time_ns = int(row["seq"]) % (1 << SESSION_BITS), int(row["time_ns"])
-        # the recording of the run that the row is from knows its frame; the other one may be of other times
-        sides = [[tape for tape in (pair if row is event.a else pair[::-1]) if tape is not None] for pair in self._pairs]
+        row, which = event.earlier, int(event.earlier is not event.a)
+        rank, seq = divmod(int(row["seq"]), 1 << SESSION_BITS)
+        # what the run that the row is from read, in the order of ranks; the other run's copy stands in for what is gone
+        places = {ref.session: k for k, refs in enumerate(self._refs) if (ref := refs[which]) is not None}
+        ranked = [places[ref.session] for ref in self._runs[which].tapes]
+        sides = {k: [tape for tape in self._pairs[k][:: -1 if which else 1] if tape is not None] for k in ranked}
         try:
-            at = next((k for k, tapes in enumerate(sides) if any(tape.holds(seq, time_ns) for tape in tapes)), None)
-            if at is not None:
-                self._window("frames around the decision", self._pairs[at], seq)
+            for k in (*ranked[rank : rank + 1], *ranked):
+                if not any(tape.holds(seq, int(row["time_ns"])) for tape in sides[k]):
+                    continue
+                self._window("frames around the decision", self._pairs[k], seq)
                 if event.table == FILLS:
-                    self._outcome(row, sides, at, seq)
+                    self._outcome(row, sides, k, seq)
                 return
         except Arbl2Error as error:
             self._note(error)
             return
-        if any(sides):
+        if any(sides.values()):
             self.notes.append(f"no recording has frame {seq:,} at the time of the event.")
 
-    def _outcome(self, row: dict[str, Any], sides: Sequence[Sequence[Recording]], at: int, seq: int) -> None:
-        """The frame of any recording at which a fill met its last book; it was decided at ``seq`` of recording ``at``."""
+    def _outcome(self, row: dict[str, Any], sides: dict[int, list[Recording]], decided: int, seq: int) -> None:
+        """The frame of any recording at which a fill met its last book; it was decided at ``seq`` of recording ``decided``."""
         focus_ns = int(row["after_ns"]) or int(row["arrive_ns"])
-        found = [
-            (seen.time_ns, k, seen.frame.seq)
-            for k, tapes in enumerate(sides)
-            if (seen := _first_at(tapes, seq if k == at else 0, focus_ns)) is not None
-        ]
-        _, k, late = min(found, default=(0, at, seq))
-        if (k, late) != (at, seq):
-            self._window(f"frames around its {'resolution' if row['after_ns'] else 'arrival'}", self._pairs[k], late)
+        best: tuple[int, int, int] | None = None
+        for k, tapes in sides.items():
+            found = (tape.first_at(seq if k == decided else 0, focus_ns, row["venue"]) for tape in tapes)
+            seen = next((seen for seen in found if seen is not None), None)
+            if seen is not None and (best is None or seen.time_ns < best[0]):
+                best = seen.time_ns, k, seen.frame.seq
+        if best is not None and best[1:] != (decided, seq):
+            self._window(f"frames around its {'resolution' if row['after_ns'] else 'arrival'}", self._pairs[best[1]], best[2])
 
     def _window(self, title: str, pair: tuple[Recording | None, Recording | None], seq: int) -> None:
         ours, theirs = pair
@@ -337,10 +342,6 @@ class _Recordings:
         window = Window(title, session, pairs, focus, one_tape=one_tape, fields=fields)
         if not any(_holds(shown, session, seq) for shown in self.windows):
             self.windows.append(window)
-
-
-def _first_at(tapes: Sequence[Recording], from_seq: int, time_ns: int) -> Seen | None:
-    return next((seen for tape in tapes if (seen := tape.first_at(from_seq, time_ns)) is not None), None)
 
 
 def _holds(shown: Window, session: str, seq: int) -> bool:

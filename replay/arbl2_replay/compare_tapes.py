@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from arbl2.errors import Arbl2Error, TapeError
+from arbl2.frames import VENUES
 from arbl2.tape import TapeReader, session_place
 from arbl2_replay.reading import tape_sha256
 
@@ -100,12 +101,19 @@ class Recording:
         """Whether the frame ``seq`` is of this engine time. Every recording counts from 1, so it takes both to know a frame."""
         return any(seen.time_ns == time_ns for seen in self.frames(seq, seq))
 
-    def first_at(self, from_seq: int, time_ns: int) -> Seen | None:
-        """The first frame from ``from_seq`` on at or after an engine time; None if the recording ends before."""
-        for block in self.blocks([segment for segment in self.manifest.segments if segment.last_seq >= from_seq]):
-            late = np.flatnonzero((block.time_ns >= time_ns) & (block.seq >= from_seq))
-            if len(late):
-                return _seen(block, int(late[0]))
+    def first_at(self, from_seq: int, time_ns: int, venue: str) -> Seen | None:
+        """The first frame of a venue, from ``from_seq`` on, at or after an engine time; None if the recording ends before."""
+        code, anchor = VENUES.index(venue), self._reader.anchor
+        for number, segment in enumerate(self.manifest.segments):
+            if segment.last_seq < from_seq:
+                continue
+            latest_ns = max(group.last_mono_ns for group in self._reader.group_spans(number))
+            if anchor.time_ns(latest_ns) < time_ns:
+                continue
+            for block in self.blocks([segment]):
+                late = np.flatnonzero((block.time_ns >= time_ns) & (block.seq >= from_seq) & (block.venue == code))
+                if len(late):
+                    return _seen(block, int(late[0]))
         return None
 
 

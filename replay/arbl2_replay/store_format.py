@@ -2,8 +2,8 @@
 
 Beside the raw tape, for each segment::
 
-    <session>/decoded/000001.rows.parquet     a row for each frame: stamps, what it does to which book, how many levels it keeps
-    <session>/decoded/000001.levels.parquet   the levels, a row group for each slice and book
+    <session>/decoded/000001.rows.parquet     a row for each frame: stamps, what it does to which book, how many changes
+    <session>/decoded/000001.levels.parquet   the changes, a row group for each slice and part
     <session>/decoded/000001.index            its own SHA-256, then JSON: what the two were made from, their hashes, the slices
 
 A slice is up to ``SLICE_ROWS`` frames and stands alone. The index is written last. It names the SHA-256 of the segment and the
@@ -41,14 +41,14 @@ DECODED = "decoded"
 SLICE_ROWS = 16_384
 FIRST_SLICE_ROWS = 8_192
 MAX_SLICE_LEVELS = 2**21
-"""A slice ends early where more levels are kept, or ..."""
+"""A slice ends early where it has more changes, or ..."""
 MAX_SLICE_PAYLOAD = 2**25
 """... more bytes of payload."""
 MOST_SLICE_ROWS = 2**17
 MOST_SLICE_BYTES = 2**28
 LEVELS_AT_ONCE = MAX_SLICE_LEVELS + LEVEL_ROOM + MAX_BLOCK * 4 * MAX_LEVELS
-"""A slice has no more: it ends with the block that fills it, which may be of changes as they are, and of windows that have
-nothing in common with the window before."""
+"""A slice has no more changes: it ends with the block that fills it, which may be of depth changes, and of windows that have
+nothing in common with the window before (one for each level that goes or comes, on two sides)."""
 MAX_INDEX_BYTES = 64 * 2**20
 _SETTLED_NS = 100_000_000
 """A file that changed less than this before it was looked at may change again without another stamp."""

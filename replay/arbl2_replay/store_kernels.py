@@ -42,8 +42,10 @@ MOST_COPIED = (1 << COPY_BITS) - 1
 _MOST_GONE = (1 << GONE_BITS) - 1
 _MOVED: Any = np.int64(MOST_COPIED + 1)
 """Levels that are moved at once: those to copy, and one that may be kept."""
-_AREA_END: Any = _MOVED + 1
-"""Room behind the windows of a book: a move may end there, and one price goes nowhere else."""
+_NOWHERE: Any = _MOVED
+_AREA_END: Any = _NOWHERE + 1
+"""Room behind the windows of a book. A move may end in it, and in its last place stands what is written so that nothing has to be
+guessed: the price of a change whose level has one already."""
 NO_LEVEL, SAME_PRICE = -1, -2
 """What stands for the price where a change adds no level, or keeps one."""
 _SAME, _NEW = 1, 2
@@ -60,7 +62,7 @@ WHAT, REASON, BOOK, RUN_BOOK, N_BID, N_ASK, SORT = range(7)
 AT, END, SIZE_AT, UNIT, LOT, BEFORE, FAR, PART = range(8)
 """Columns of the table of parts, and how many: next change and end of the changes, next size, the units of prices and sizes, the
 latest price of a new level, how far behind the codes the halves of prices stand (0: there are none). Row 2 x book + 2 is of the
-windows of a book, the row behind it of its other levels; the first two are of none."""
+windows of a book, the row behind it of its other levels, which have a size each; the first two are of none."""
 MS, ID, LATEST = range(3)
 """Columns of the table of books (that of none first), and how many: the venue's time and the id of the latest row."""
 LEVELS, CHANGES, BEGIN, LAST, TO, STAND = range(6)
@@ -186,13 +188,13 @@ def _unroll(u: Updates, codes: Codes, sizes: Ints, stand: Ints, of: Ints) -> boo
     end = stand[TO]
     to = end - stand[LEVELS]
     size = of[SIZE_AT]
-    nowhere = end + _MOVED
+    nowhere = end + _NOWHERE
     for c in range(first, last):
         code = i8(codes[u8(c)])
         copied = code & MOST_COPIED
         gone = (code >> COPY_BITS) & _MOST_GONE
         rest = code >> REST_AT
-        if to + copied > end or old + copied + gone > to:
+        if to + copied > end or old + copied + max(gone, i8(rest == _SAME)) > to:
             return False
         _copy(u, old, to)
         old += copied + gone
@@ -227,15 +229,11 @@ def _rows_with_room(u: Updates, columns: Any, sorts: Any, first: int, last: int,
         n = i8(changes[i])
         if kind == _BOOK:
             k = sorts[s, BOOK]
-            if stands[k, LEVELS] < 0:
-                stands[k, LEVELS] = 0
-                room -= WINDOW + _AREA_END
             n = sorts[s, N_BID] + sorts[s, N_ASK] if n != 0 else 0
-            stands[k, LEVELS] += n
-            room -= n
+            room -= n if stands[k, LEVELS] >= 0 else n + WINDOW + _AREA_END
             if room < 0:
-                stands[k, LEVELS] -= n
                 return j
+            stands[k, LEVELS] = max(stands[k, LEVELS], 0) + n
         elif kind == _CHANGE or kind == _SNAPSHOT:  # noqa: SIM109
             room -= n
             if room < 0:

@@ -227,13 +227,14 @@ def _changes(levels: pq.ParquetFile, part: Slice, wanted: Sequence[int], books: 
     kept_parts = [part.parts[j] for j in wanted]
     groups = [part.first_group + j for j in wanted]
     # looked at before they are read, so that a small file cannot take memory without bound
-    if groups[-1] >= levels.num_row_groups or [levels.metadata.row_group(group).num_rows for group in groups] != [
-        kept.changes * (3 if kept.is_wide else 1) for kept in kept_parts
-    ]:
+    rows = [kept.changes * (3 if kept.is_wide else 1) for kept in kept_parts]
+    if groups[-1] >= levels.num_row_groups or [levels.metadata.row_group(group).num_rows for group in groups] != rows:
         raise ValueError("its levels are not those of its index")
     if sum(kept.changes for kept in kept_parts) > LEVELS_AT_ONCE:
         raise ValueError("it has more levels than this arbl2 writes")
     table = levels.read_row_groups(groups, use_threads=False)
+    if len(table) != sum(rows):  # a footer may promise more than there is
+        raise ValueError("its levels are not those of its index")
     at = 0
     for kept in kept_parts:
         if kept.book + 2 > books:

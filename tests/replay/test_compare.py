@@ -369,20 +369,50 @@ def test_runs_of_several_recordings(tape, tmp_path, out):
     assert names(compare(a, b).inputs)[:3] == ["tape 2.session", "tape 2.sha256", "tape 2.state"]
 
 
-def test_events_of_a_run_of_several_show_frames_of_the_recording_they_are_of(tmp_path, out):
-    """Each venue has a recorder of its own: an order is decided on a frame of one and may be resolved by one of the other."""
-    tapes, whole = [], market().frames
+def split(folder, frames):
+    """Each venue recorded by itself."""
+    tapes = []
     for venue in ("upbit", "binance"):
         part = Market()
-        heard = (frame for frame in whole if frame.venue == venue)
+        heard = (frame for frame in frames if frame.venue == venue)
         part.frames = [dataclasses.replace(frame, seq=seq) for seq, frame in enumerate(heard, 1)]
-        tapes.append(part.write(tmp_path / "tapes" / venue, venue))
+        tapes.append(part.write(folder / venue, venue))
+    return tapes
+
+
+def test_events_of_a_run_of_several_show_frames_of_the_recording_they_are_of(tmp_path, out):
+    """An order is decided on a frame of one venue and may be resolved by one of the other."""
+    tapes = split(tmp_path / "tapes", market().frames)
     slower = msgspec.structs.replace(CONFIG, paper=msgspec.structs.replace(CONFIG.paper, upbit_latency_ms=120.0))
     a, b, c = (replay(tapes, config, out=out).run_dir for config in (CONFIG, threshold(size_krw="2000000"), slower))
     for other, table, shown in ((b, DECISIONS, [("binance", [1, 1])]), (c, FILLS, [("binance", [1, 1]), ("upbit", [4, 4])])):
         found = compare(a, other, around=0)
         assert (found.first.table, found.notes) == (table, ())
         assert [(window.session, focus(window)) for window in found.windows] == shown
+
+
+def test_recordings_of_one_moment_are_told_apart_by_their_rank_and_venue(tmp_path, out):
+    """Every frame of one has a frame of the other with its number and its time beside it."""
+    whole = Market()
+    for ms in range(0, 1_200, 200):
+        whole.upbit(ms, [(150_000_000, 10)], [(150_100_000, 10)]).rate(ms + 1)
+        whole.binance(ms, [(99_990, 10)], [(100_000, 10)]).binance(ms + 1, [(99_990, 10)], [(100_000, 10)])
+    tapes = split(tmp_path / "tapes", whole.frames)
+    slower = msgspec.structs.replace(CONFIG, paper=msgspec.structs.replace(CONFIG.paper, upbit_latency_ms=120.0))
+    a, b = (replay(tapes, config, out=out).run_dir for config in (CONFIG, slower))
+    found = compare(a, b, around=0)
+    row = found.first.earlier
+    sessions = ["binance", "upbit"]  # in the order of their ranks: they begin at one time
+    assert [window.session for window in found.windows] == [sessions[row["seq"] >> 40], row["venue"]]
+
+
+def test_a_recording_that_a_run_did_not_read_resolves_nothing_of_it(tmp_path, out):
+    short, late = market(1), Market()
+    for ms in range(5_000, 6_000, 200):
+        late.premium(ms)
+    x, y = (found.write(tmp_path / "tapes" / name, name) for found, name in ((short, "x"), (late, "y")))
+    a, b = (replay(tapes, CONFIG, out=out).run_dir for tapes in ([x], [x, y]))
+    assert {window.session for window in compare(a, b, around=0).windows} == {"x"}
 
 
 def test_recordings_in_an_object_store(tape, tmp_path, out, store):

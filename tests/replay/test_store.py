@@ -249,6 +249,33 @@ def test_slices_can_be_entered_anywhere(folder):
             assert decoded_rows(part.updates.decode, part.frames.slice(start, stop), 100) == expected[start:stop]
 
 
+@given(seed=seeds)
+@examples(12)
+def test_rows_without_room_wait_for_the_next_call(seed, folder):
+    rng = Random(seed)
+    frames = wild_frames(seed) if rng.random() < 0.5 else soups.soup(seed, 250).frames
+    anchor, instruments = (ANCHOR, WILD) if rng.random() < 0.5 else (soups.ANCHOR, soups.INSTRUMENTS)
+    tape = tape_of(folder / f"room-{seed}", frames, anchor, instruments)
+    store = make_store(TapeReader(tape), 0)
+    numbers = np.array([*range(len(store.index.instruments)), -1], np.int32)
+    u = UpdateBlock()
+    for part in read_slices(store.files, store.index, range(len(store.index.slices)), anchor, numbers):
+        expected = decoded_rows(part.updates.decode, part.frames, 100)
+        got, start = [], 0
+        u.px_e8[:HOME_LEVELS] = u.qty_e8[:HOME_LEVELS] = 7
+        while start < len(part.frames):
+            room = rng.choice((0, 1, 68, 69, 70, 89, 129, 130, 138, 139, 200, 400, 10**5))
+            u.cursor[0] = max(len(u.px_e8) - room, HOME_LEVELS)
+            n = part.updates.decode(part.frames.slice(start, min(start + 20, len(part.frames))), u)
+            assert u.cursor[0] <= len(u.px_e8)
+            assert (u.px_e8[:HOME_LEVELS] == 7).all()
+            assert (u.qty_e8[:HOME_LEVELS] == 7).all()
+            got += [row(u, i) for i in range(n)]
+            start += n
+        assert got == expected
+    shutil.rmtree(tape)
+
+
 def test_more_levels_than_there_is_room_for(tmp_path, monkeypatch):
     """Hundreds of snapshots and changes of thousands of levels in one block."""
     monkeypatch.setattr(store_build, "SLICE_ROWS", 65_536)
@@ -569,6 +596,30 @@ def test_a_forged_row_group_is_refused_before_it_is_read(tape):
     replay(tape, CONFIG, decoded=True)
     rewritten(tape, "rows", lambda table: pa.concat_tables([table.slice(0, 1)] * 4_000))
     with pytest.raises(TapeError, match="is damaged"):
+        replay(tape, CONFIG)
+
+
+def test_a_levels_file_that_promises_more_than_it_has_is_refused(tmp_path):
+    """The footer and the index speak of 4,000 changes, and the pages hold 1,000."""
+    said, real = 4_000, 1_000
+    change = DepthChange(1, 1, [(said - k, 1) for k in range(said)], ())
+    found = Market()
+    found.add(1, "binance", FrameKind.MESSAGE, binance_combined("btcusdt@depth", binance_diff("BTCUSDT", change, 1)))
+    tape = found.write(tmp_path / "tape")
+    replay(tape, CONFIG, decoded=True)
+    rewritten(tape, "levels", lambda table: table.slice(0, real))
+    files = Files(tape, SEGMENT)
+    body = files.levels.read_bytes()
+    footer = len(body) - 8 - int.from_bytes(body[-8:-4], "little")
+    # Thrift writes them as zigzag varints behind a byte that says so
+    forged_footer = body[footer:].replace(b"\x16" + bytes((0xD0, 0x0F)), b"\x16" + bytes((0xC0, 0x3E)))
+    assert forged_footer != body[footer:]
+    files.levels.write_bytes(body[:footer] + forged_footer)
+    assert pq.ParquetFile(files.levels).metadata.row_group(0).num_rows == said
+    index = load_index(files, load_manifest(tape).segments[0].sha256, instrument_names(INSTRUMENTS))
+    assert sum(part.changes for part in index.slices[0].parts) == said
+    save_index(files, msgspec.structs.replace(index, levels=Kept(sha256=sha256_of(files.levels), stamp=Stamp.of(files.levels))))
+    with pytest.raises(TapeError, match="levels are not those of its index"):
         replay(tape, CONFIG)
 
 
