@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def asset(rows: Any, feed: books.BookFeed, fee: float) -> BacktestAsset:
 
 
 def main(depth: str, way: str, folder: Path) -> None:
-    """Load, compile on the first messages, run twice timed."""
+    """Load, compile on the first messages, run timed."""
     probe = Probe()
     feeds = {book: books.load(folder, book) for book in (UPBIT, BINANCE, FX)}
     with probe.timed("load"):
@@ -119,7 +120,8 @@ def main(depth: str, way: str, folder: Path) -> None:
     decided = sum(len(feed.time_ns) for feed in feeds.values())
     times, directions = np.zeros(decided, np.int64), np.zeros(decided, np.int64)
     first = {book: events[:500].copy() for book, events in rows.items()}
-    for name, part in (("warm", first), ("first", rows), ("run", rows)):
+    for name in chain(["warm"], probe.turns()):
+        part = first if name == "warm" else rows
         hbt = BUILDERS[depth]([asset(part[book], feeds[book], fees[book]) for book in feeds])
         with probe.timed(name):
             count = run(hbt, times, directions)

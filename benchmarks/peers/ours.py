@@ -71,10 +71,10 @@ def kept(session: Path, *, decoded: bool) -> tuple[str, Decisions, float]:
 
 
 def replayed(session: Path, *, decoded: bool) -> None:
-    """Warm up on a short tape, run twice timed, then again to keep what was decided: the digests say that all did the same."""
+    """Warm up on a short tape, run timed, then again to keep what was decided: the digests say that all did the same."""
     probe = Probe()
     run(tape(WARM_UP_MESSAGES), decoded=decoded)
-    for name in ("first", "run"):
+    for name in probe.turns():
         with probe.timed(name):
             result = run(session, decoded=decoded)
     digest, decisions, filled = kept(session, decoded=decoded)
@@ -92,7 +92,7 @@ def looped(session: Path) -> None:
         return plain.run(session, CONFIG, anchor.wall_ns - anchor.mono_ns, trace)
 
     run(tape(WARM_UP_MESSAGES), [])
-    for name in ("first", "run"):
+    for name in probe.turns():
         decisions: Decisions = []
         with probe.timed(name):
             result = run(session, decisions)

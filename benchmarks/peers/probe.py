@@ -1,4 +1,4 @@
-"""What a process says about its one timed run. Runs in any environment: standard library only."""
+"""What a process says about its timed runs. Runs in any environment: standard library only."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+ENOUGH_S = 1.0
+"""A run of some hundredths of a second tells more of the neighbours than of itself: as many are timed as fit into this."""
 
 
 def rss_mb() -> float:
@@ -24,15 +29,27 @@ class Probe:
 
     def __init__(self) -> None:
         self.figures: dict[str, Any] = {"rss_imports_mb": rss_mb()}
+        self._times: dict[str, list[tuple[float, float]]] = {}
+
+    def turns(self) -> Iterator[str]:
+        """What each run is to be timed as: "first", then "run" until ``ENOUGH_S`` have passed, at least once."""
+        yield "first"
+        yield "run"
+        while sum(wall for wall, _ in self._times["run"]) < ENOUGH_S:
+            yield "run"
 
     @contextmanager
     def timed(self, name: str = "run") -> Iterator[None]:
-        """Seconds of wall time and of all threads' CPU under ``name``, and the peak memory at its end."""
+        """Medians of seconds of wall time and of all threads' CPU under ``name``, and the peak memory after the first time."""
         cpu, wall = time.process_time(), time.perf_counter()
         yield
-        self.figures[f"{name}_s"] = time.perf_counter() - wall
-        self.figures[f"{name}_cpu_s"] = time.process_time() - cpu
-        self.figures["rss_mb"] = rss_mb()
+        took = time.perf_counter() - wall, time.process_time() - cpu
+        times = self._times.setdefault(name, [])
+        times.append(took)
+        for what, values in zip(("s", "cpu_s"), zip(*times, strict=True), strict=True):
+            self.figures[f"{name}_{what}"] = median(values)
+        if len(times) == 1:
+            self.figures["rss_mb"] = rss_mb()
 
     def tell(self, **figures: Any) -> None:
         """The last line of the output is for the parent."""

@@ -78,7 +78,8 @@ MAX_SORTS = 2**16
 def numbers(table: pa.Table, name: str) -> NDArray[Any]:
     """A column of numbers as an array that may not be written to."""
     # Not to_numpy: it first imports pandas, where there is one, for most of a second.
-    column = table[name].combine_chunks()
+    column = table[name]
+    column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies one chunk, too
     dtype = table.schema.field(name).type.to_pandas_dtype()
     return np.frombuffer(column.buffers()[1] or b"", dtype)[column.offset : column.offset + len(column)]
 
