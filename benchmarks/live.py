@@ -45,12 +45,8 @@ def _exchange(pipe: Connection, seed: int, faults: Sequence[str]) -> None:
     from arbl2_replay.server import ExchangeServer, ServerOptions, SyntheticSource  # noqa: PLC0415
     from arbl2_replay.synth import SYMBOLS, SynthConfig  # noqa: PLC0415
 
-    # Venues have machines of their own: what theirs computes must not take a core from the run. A nice process may still use up
-    # its turn of a millisecond when a frame wakes us; an idle one makes room at once.
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    else:
-        os.nice(19)
+    # venues have machines of their own: what theirs computes must not take a core from the run
+    os.nice(19)
 
     async def work() -> None:
         market = SynthConfig(
