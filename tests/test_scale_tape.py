@@ -12,6 +12,7 @@ from arbl2.frames import FrameKind
 from arbl2.providers import PROVIDERS
 from arbl2.tape import Manifest, Segment, TapeReader
 from arbl2_replay import replay
+from arbl2_replay.warm import warm_up
 from benchmarks.day import MONO_START_NS, SECOND_NS, START_NS, Day, make
 from benchmarks.scale import HOUR_NS, Course, Done, Measured, growth, judge
 
@@ -75,6 +76,7 @@ def test_exchange_times_and_ids_never_go_back(frames):
 
 def test_the_scanner_reads_every_book_and_the_policy_trades(made, monkeypatch):
     left = []
+    warm_up()  # which shows each decoder a frame that it leaves
     for provider in PROVIDERS.values():
         read = provider.read
         monkeypatch.setattr(provider, "read", lambda self, payload, read=read: left.append(payload) or read(self, payload))
