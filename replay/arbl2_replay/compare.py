@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from arbl2.errors import Arbl2Error, ConfigError, TapeError
+from arbl2.frames import VENUES
 from arbl2_replay.compare_events import Counts, EventDifference, count_differences, first_difference_of_events
 from arbl2_replay.compare_tapes import (
     TapeRef,
@@ -310,7 +311,7 @@ class _Recordings:
                 if not any(tape.holds(seq, int(row["time_ns"])) for tape in sides[k]):
                     continue
                 self._window("frames around the decision", self._pairs[k], seq)
-                if event.table == FILLS:
+                if event.table == FILLS and row["venue"] in VENUES:  # a table may say anything
                     self._outcome(row, sides, k, seq)
                 return
         except Arbl2Error as error:

@@ -107,8 +107,7 @@ class Recording:
         for number, segment in enumerate(self.manifest.segments):
             if segment.last_seq < from_seq:
                 continue
-            latest_ns = max(group.last_mono_ns for group in self._reader.group_spans(number))
-            if anchor.time_ns(latest_ns) < time_ns:
+            if not any(anchor.time_ns(group.last_mono_ns) >= time_ns for group in self._reader.group_spans(number)):
                 continue
             for block in self.blocks([segment]):
                 late = np.flatnonzero((block.time_ns >= time_ns) & (block.seq >= from_seq) & (block.venue == code))

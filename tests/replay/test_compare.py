@@ -406,6 +406,17 @@ def test_recordings_of_one_moment_are_told_apart_by_their_rank_and_venue(tmp_pat
     assert [window.session for window in found.windows] == [sessions[row["seq"] >> 40], row["venue"]]
 
 
+def test_a_fill_of_a_venue_that_there_is_not(tape, out):
+    slow = msgspec.structs.replace(CONFIG, paper=msgspec.structs.replace(CONFIG.paper, upbit_latency_ms=30.0))
+    runs = runs_of(out, (tape, CONFIG), (tape, slow))
+    for run in runs:
+        fills = pq.read_table(run / FILLS)
+        at = fills.column_names.index("venue")
+        foreign = pa.array(["nowhere"] * len(fills)).cast(fills.schema.field("venue").type)
+        pq.write_table(fills.set_column(at, fills.schema.field("venue"), foreign), run / FILLS)
+    assert list(map(focus, compare(*runs, around=0).windows)) == [[3, 3]]
+
+
 def test_a_recording_that_a_run_did_not_read_resolves_nothing_of_it(tmp_path, out):
     short, late = market(1), Market()
     for ms in range(5_000, 6_000, 200):
