@@ -166,6 +166,9 @@ def record(
     keep_days: Annotated[float | None, typer.Option(help="Delete sessions that ended longer ago.")] = None,
     keep_gib: Annotated[float | None, typer.Option(max=1e9, help="Delete the oldest while the folder holds more.")] = None,
     flush_ms: Annotated[int, typer.Option(help="What a kill may cost at most.")] = 250,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Offer permessage-deflate: fewer bytes on the line, twice the work a message.")
+    ] = False,
     give_up_s: Annotated[float, typer.Option(help="Stop if no venue has delivered anything by then.")] = 15.0,
     metrics: Annotated[
         int | None, typer.Option(min=1, max=65_535, help="Serve Prometheus metrics on this port of 127.0.0.1.")
@@ -194,6 +197,7 @@ def record(
         keep_days=keep_days,
         keep_bytes=round(keep_gib * 2**30) if keep_gib is not None else None,
         flush_ms=flush_ms,
+        compress=compress,
         first_connect_s=give_up_s,
     )
     _record(config, as_json=as_json, metrics=metrics)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 Decode = Callable[[FrameBlock, UpdateBlock], int]
-"""Fills rows of updates for the first frames of a block (``Engine.decode``); returns how many."""
+"""Fills the rows of updates of the first frames of a block (``Engine.decode``); returns how many."""
 
 _LOG = logging.getLogger("arbl2.engine")
 _RESPONSE = int(FrameKind.RESPONSE)
@@ -90,6 +90,8 @@ class Engine:
         self.universe = Universe.of(instruments, config.symbols)
         self.state = new_state(self.universe, config)
         self._updates = self.state.u
+        # views that are made once: they are looked at after every block, be it of one frame
+        self._overflow, self._decided, self._filled = (self.state.counters[name] for name in ("overflow", "decisions", "fills"))
         self._compiled = isinstance(self.state.records, np.ndarray)
         self.aggregator = MultiExchangeL2Aggregator(self.universe, self.state)
         self.ledger = Ledger(self.universe, self.state)
@@ -124,8 +126,6 @@ class Engine:
         kernels.come_home(self.state.records)
         u.cursor[0] = HOME_LEVELS
         n = decode(block, u)
-        for name in ("seq", "time_ns", "venue", "conn"):
-            getattr(u, name)[:n] = getattr(block, name)[:n]
         first = 0
         for stop in [*self._rule_rows(block.slice(0, n)), n]:
             self._run_rows(first, stop)
@@ -139,16 +139,14 @@ class Engine:
         u = self._updates
         while first < last:
             first = self._run(first, last)
-            counters = self.state.counters[0]
             self._stop_on_overflow()
             if not isinstance(self.policy, ThresholdPolicy):
                 self._ask_policy(self.policy, u, first - 1, int(u.seq[first - 1]))
-            if counters["decisions"] or counters["fills"]:
+            if self._decided[0] or self._filled[0]:
                 self._collect()
 
     def _stop_on_overflow(self) -> None:
-        order_id = int(self.state.counters[0]["overflow"])
-        if order_id:
+        if order_id := int(self._overflow[0]):
             raise EngineError(
                 f"order {order_id} moves an amount that does not fit in 64 bits of 10^-8 (92 billion of a currency). "
                 "Lower the balances or the size in the configuration, or look for absurd prices on the tape."
@@ -156,7 +154,7 @@ class Engine:
 
     def _rule_rows(self, block: FrameBlock) -> list[int]:
         """Frames that hold a body of Binance's exchangeInfo: order rules that count from there on."""
-        if _RESPONSE not in block.kind.tobytes():
+        if _RESPONSE not in block.kinds():
             return []
         rows = (block.kind == _RESPONSE).nonzero()[0].tolist()
         return [row for row in rows if block.venue[row] == BINANCE and b'"symbols"' in block.payload(row)]

@@ -10,7 +10,7 @@ feeds blocks of one, replay feeds blocks of thousands, through the same code.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag, StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,11 @@ HEAD_DTYPE = np.dtype(
     ]
 )
 
+_FIELDS: Any = HEAD_DTYPE.fields
+_KIND_AT, _VENUE_AT = _FIELDS["kind"][1], _FIELDS["venue"][1]
+COLUMNS = ("time_ns", *(name for name in HEAD_DTYPE.names or () if name != "size"))
+"""The columns of a block with a value for each frame."""
+
 KIND_NAMES: dict[int, str] = {kind.value: kind.name.lower() for kind in FrameKind}
 OP_NAMES: dict[int, str] = {
     Op.NONE: "",
@@ -131,6 +136,14 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """Frames as rows of ``HEAD_DTYPE``, read-only, and what their ``mono_ns`` is short of engine time."""
+
+    heads: NDArray[Any]
+    shift_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class FrameBlock:
     """``n`` frames as columns, in the order of the tape.
 
@@ -151,13 +164,46 @@ class FrameBlock:
     flags: NDArray[np.uint8]
     offsets: NDArray[np.int32]
     data: NDArray[np.uint8]
+    packed: Packed | None = field(default=None, init=False, repr=False, compare=False)
+    """The frames as ``from_heads`` got them. Columns are then made when they are first asked for: where frames come one at a
+    time, the code that makes them has left the processor's caches, and takes longer than all that is decided on a frame."""
+
+    def __getattr__(self, name: str) -> Any:
+        """A column that was not made yet."""
+        if name != "offsets" and name not in COLUMNS:
+            raise AttributeError(name)
+        assert self.packed is not None
+        heads = self.packed.heads
+        column: NDArray[Any]
+        if name == "offsets":
+            column = np.zeros(len(heads) + 1, dtype=np.int32)
+            np.cumsum(heads["size"], out=column[1:])
+        elif name == "time_ns":
+            column = heads["mono_ns"] + np.int64(self.packed.shift_ns)
+        else:
+            column = heads[name]
+        object.__setattr__(self, name, column)
+        return column
 
     def __len__(self) -> int:
-        return len(self.seq)
+        return len(self.seq) if self.packed is None else len(self.packed.heads)
+
+    def kinds(self) -> bytes:
+        """A byte for each frame: its kind. Bytes are counted in a fraction of the time that a column takes to be compared."""
+        return self.kind.tobytes() if self.packed is None else self.packed.heads.tobytes()[_KIND_AT :: HEAD.size]
+
+    def venues(self) -> bytes:
+        """A byte for each frame: its venue's code."""
+        return self.venue.tobytes() if self.packed is None else self.packed.heads.tobytes()[_VENUE_AT :: HEAD.size]
 
     def payload(self, i: int) -> bytes:
         """The exact bytes of frame ``i``."""
         return self.data[self.offsets[i] : self.offsets[i + 1]].tobytes()
+
+    def payloads(self) -> bytes:
+        """The bytes of all frames end to end."""
+        data = self.data if self.packed is not None else self.data[self.offsets[0] : self.offsets[-1]]
+        return data.tobytes()
 
     def frame(self, i: int) -> Frame:
         """Frame ``i`` in its one-at-a-time form."""
@@ -207,36 +253,34 @@ class FrameBlock:
             HEAD.pack(f.seq, f.recv_ns, f.mono_ns, f.conn, f.queue_us, _CODES[f.venue], f.kind, f.op, f.flags, len(f.payload))
             for f in frames
         )
-        return cls.from_heads(np.frombuffer(heads, HEAD_DTYPE), b"".join(f.payload for f in frames), anchor)
+        return cls.from_heads(heads, b"".join(f.payload for f in frames), anchor)
 
     @classmethod
-    def from_heads(cls, heads: NDArray[Any], data: bytes | memoryview, anchor: Anchor) -> FrameBlock:
-        """Columns that are views of packed heads (``HEAD_DTYPE``) and of the payloads end to end, as long as the heads say."""
-        offsets = np.zeros(len(heads) + 1, dtype=np.int32)
-        offsets[1:] = heads["size"]
-        if len(heads) > 1:
-            np.add.accumulate(offsets, out=offsets)
-        return cls(
-            time_ns=heads["mono_ns"] + np.int64(anchor.wall_ns - anchor.mono_ns),
-            offsets=offsets,
-            data=np.frombuffer(data, dtype=np.uint8),
-            **{name: heads[name] for name in HEAD_DTYPE.names or () if name != "size"},
-        )
+    def from_heads(cls, heads: NDArray[Any] | bytes, data: bytes | memoryview, anchor: Anchor) -> FrameBlock:
+        """From packed heads (``HEAD_DTYPE``) and the payloads end to end, as long as the heads say."""
+        rows = np.frombuffer(heads, HEAD_DTYPE)
+        return cls._of(Packed(rows, anchor.wall_ns - anchor.mono_ns), np.frombuffer(data, np.uint8))
+
+    @classmethod
+    def _of(cls, packed: Packed, data: NDArray[np.uint8]) -> FrameBlock:
+        block = object.__new__(cls)
+        object.__setattr__(block, "packed", packed)
+        object.__setattr__(block, "data", data)
+        return block
 
     @classmethod
     def joined(cls, blocks: Sequence[FrameBlock]) -> FrameBlock:
-        """One block of the frames of several, which are at least one, in their order. Copies them."""
-        offsets = np.zeros(sum(map(len, blocks)) + 1, dtype=np.int32)
-        np.cumsum(np.concatenate([np.diff(block.offsets) for block in blocks]), out=offsets[1:])
-        names = ("time_ns", *(name for name in HEAD_DTYPE.names or () if name != "size"))
-        return cls(
-            offsets=offsets,
-            data=np.concatenate([block.data[block.offsets[0] : block.offsets[-1]] for block in blocks]),
-            **{name: np.concatenate([getattr(block, name) for block in blocks]) for name in names},
-        )
+        """A copy of the frames of several blocks in their order. They are of one session, and the first one is not empty."""
+        first = blocks[0]
+        shift_ns = int(first.time_ns[0] - first.mono_ns[0]) if first.packed is None else first.packed.shift_ns
+        heads = b"".join([block.heads().tobytes() for block in blocks])
+        data = b"".join([block.payloads() for block in blocks])
+        return cls._of(Packed(np.frombuffer(heads, HEAD_DTYPE), shift_ns), np.frombuffer(data, np.uint8))
 
     def heads(self) -> NDArray[Any]:
         """The packed heads (``HEAD_DTYPE``) of the frames."""
+        if self.packed is not None:
+            return self.packed.heads
         heads = np.zeros(len(self), HEAD_DTYPE)
         for name in HEAD_DTYPE.names or ():
             if name != "size":

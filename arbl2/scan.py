@@ -36,6 +36,7 @@ _R_UNKNOWN: Any = np.uint8(Reason.UNKNOWN_INSTRUMENT)
 _R_BOOK: Any = np.uint8(Reason.BOOK)
 _R_BOOK_TICKER: Any = np.uint8(Reason.BOOK_TICKER)
 _R_TRADE: Any = np.uint8(Reason.TRADE)
+_R_TICKER: Any = np.uint8(Reason.TICKER)
 _R_REST: Any = np.uint8(Reason.REST)
 _R_DIFF: Any = np.uint8(Reason.DIFF)
 _CHANGE: Any = np.uint8(What.CHANGE)
@@ -69,6 +70,11 @@ _U_STREAM = (_text('],"stream_type":"'), _text('],"st":"'))
 _U_LEVEL = (_text(',"level":0}'), _text(',"lv":0}'))
 _U_SNAPSHOT = _text('SNAPSHOT"')
 _U_REALTIME = _text('REALTIME"')
+# Upbit messages that are no books: their first member, in both spellings
+_U_TRADE = (_text('{"type":"trade"'), _text('{"ty":"trade"'))
+_U_TICKER = (_text('{"type":"ticker"'), _text('{"ty":"ticker"'))
+_U_KEYS = (_text('type"'), _text('ty"'), _text('error"'), _text('method"'), _text('mthd"'))
+"""Members that say what a message is; a second one of them may say something else."""
 # Binance combined partial depth
 _B_HEAD = _text('{"stream":"')
 _B_DEPTH = _text("@depth")
@@ -90,9 +96,12 @@ _S_HEAD = _text('{"lastUpdateId":')
 _S_END = _text("]}")
 _TRUE = _text("true")
 _FALSE = _text("false")
+_NULL = _text("null")
 
 _QUOTE = 34
 _COMMA = 44
+_COLON = 58
+_BRACE = 125
 _DOT = 46
 _ZERO = 48
 _NINE = 57
@@ -358,7 +367,7 @@ def _upbit_grammar(spelling: int) -> Callable[..., tuple[int, int, Value]]:
             if p < 0:
                 return _FAIL, -1, 0
             qty[at + units], p = _number_e8(data, p, end, _CUT)
-            if p < 0 or p + 1 >= end or np.int64(data[p]) != 125:  # }
+            if p < 0 or p + 1 >= end or np.int64(data[p]) != _BRACE:
                 return _FAIL, -1, 0
             p += 1
             units += 1
@@ -374,7 +383,7 @@ def _upbit_grammar(spelling: int) -> Callable[..., tuple[int, int, Value]]:
         if after < 0:
             return _FAIL, -1, 0
         # "level" was added in 2024; older recordings end here
-        if after + 1 == end and np.int64(data[after]) == 125:
+        if after + 1 == end and np.int64(data[after]) == _BRACE:
             return units, book, exchange_ms
         if _literal(data, after, end, level) == end:
             return units, book, exchange_ms
@@ -385,6 +394,87 @@ def _upbit_grammar(spelling: int) -> Callable[..., tuple[int, int, Value]]:
 
 _upbit_default = _upbit_grammar(0)
 _upbit_simple = _upbit_grammar(1)
+
+
+@part
+def _upbit_told(data: Bytes, s: int, end: int) -> Value:
+    """What an Upbit message that is no book tells, as a reason; 0 if it is not a flat object of plain members."""
+    p, reason = _literal(data, s, end, _U_TRADE[0]), _R_TRADE
+    if p < 0:
+        p = _literal(data, s, end, _U_TRADE[1])
+    if p < 0:
+        p, reason = _literal(data, s, end, _U_TICKER[0]), _R_TICKER
+    if p < 0:
+        p = _literal(data, s, end, _U_TICKER[1])
+    while 0 <= p < end and np.int64(data[p]) == _COMMA:
+        p = _member(data, p + 1, end)
+    if p >= 0 and p + 1 == end and np.int64(data[p]) == _BRACE:
+        return reason
+    return np.uint8(0)
+
+
+@part
+def _member(data: Bytes, p: int, end: int) -> int:
+    """Position after ``"name":value``, -1 if it is not plain: nothing nested, ASCII without escapes, a name that says no kind."""
+    if p >= end or np.int64(data[p]) != _QUOTE:
+        return _FAIL
+    for k in range(len(_U_KEYS)):
+        if _literal(data, p + 1, end, _U_KEYS[k]) >= 0:
+            return _FAIL
+    p = _string(data, p, end)
+    if p < 0 or p + 1 >= end or np.int64(data[p]) != _COLON:
+        return _FAIL
+    p += 1
+    c = np.int64(data[p])
+    if c == _QUOTE:
+        return _string(data, p, end)
+    if c == 110:  # n
+        return _literal(data, p, end, _NULL)
+    if c == 116:  # t
+        return _literal(data, p, end, _TRUE)
+    if c == 102:  # f
+        return _literal(data, p, end, _FALSE)
+    return _number(data, p, end)
+
+
+@part
+def _number(data: Bytes, p: int, end: int) -> int:
+    """Position after a JSON number, -1 if there is none."""
+    if np.int64(data[p]) == 45:  # -
+        p += 1
+    first = p
+    p = _after_digits(data, p, end)
+    if p == first or (p - first > 1 and np.int64(data[first]) == _ZERO):
+        return _FAIL
+    if p < end and np.int64(data[p]) == _DOT:
+        point = p + 1
+        p = _after_digits(data, point, end)
+        if p == point:
+            return _FAIL
+    if p < end and (np.int64(data[p]) | 32) == _EXPONENT:
+        _, p = _exponent(data, p + 1, end)
+    return p
+
+
+@part
+def _after_digits(data: Bytes, p: int, end: int) -> int:
+    while p < end and np.int64(data[p]) >= _ZERO and np.int64(data[p]) <= _NINE:
+        p += 1
+    return p
+
+
+@part
+def _string(data: Bytes, p: int, end: int) -> int:
+    """Position after the string that begins at ``p``, -1 if it is not plain ASCII."""
+    p += 1
+    while p < end:
+        c = np.int64(data[p])
+        if c == _QUOTE:
+            return p + 1
+        if c < 32 or c > 126 or c == 92:  # a backslash
+            return _FAIL
+        p += 1
+    return _FAIL
 
 
 @part
@@ -589,7 +679,10 @@ def scan_upbit(data: Bytes, rows: NDArray[np.int64], names: Names, updates: Valu
         else:
             units, book, ms = _upbit_default(data, s, end, names, u.px_e8, u.qty_e8, at, totals)
         if units < 0:
-            u.what[i] = _UNREAD
+            told = _upbit_told(data, s, end)
+            u.what[i] = 0 if told else _UNREAD
+            if told:
+                u.reason[i] = told
             continue
         u.exchange_ms[i] = ms
         u.first_id[i] = 0

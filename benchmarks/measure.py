@@ -74,7 +74,6 @@ class Stages:
             u.cursor[0] = HOME_LEVELS
             engine.decode(block, u)
             decoded = time.perf_counter()
-            u.seq[:n], u.time_ns[:n], u.venue[:n], u.conn[:n] = block.seq, block.time_ns, block.venue, block.conn
             engine._run_rows(0, n)
             in_loop += time.perf_counter() - decoded
             in_decode += decoded - started

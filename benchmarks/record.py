@@ -559,7 +559,7 @@ def frames(count: int) -> bool:
     """Mixed frames, on a compressed connection and on a plain one: recorded = sent."""
     holds = True
     for deflate in (True, False):
-        run = record_plan(Mixed(count, deflate), timeout_s=60 + count / 4_000)
+        run = record_plan(Mixed(count, deflate), timeout_s=60 + count / 4_000, compress=deflate)
         said = (
             f"{run.tape.count:,} of {run.sent['count']:,} messages, {run.sent['bytes'] / 2**20:,.0f} MiB (text, binary, empty, "
             f"1 MiB, non-ASCII, random bytes, fragments, pings between), SHA-256 {run.tape.sha256[:16]} recorded, "

@@ -104,16 +104,15 @@ class Provider(ABC):
         """Decode one message strictly. Raises RefusedError for bad input."""
 
     def decode(self, block: FrameBlock, updates: UpdateBlock) -> None:
-        """Fill the rows of this venue's messages; every other row is left alone."""
+        """Fill the rows of this venue's messages, which were laid out before; every other row is left alone."""
         u, n = updates, len(block)
-        if not (count := block.venue.tobytes().count(self.venue_code)):
+        if not (count := block.venues().count(self.venue_code)):
             return
-        are_all = count == n and block.kind.tobytes().count(_MESSAGE) == n
+        are_all = count == n and block.kinds().count(_MESSAGE) == n
         ours = _EVERY_ROW[:n] if are_all else (block.venue == self.venue_code).nonzero()[0]
         rows = ours if are_all else ours[block.kind[ours] == _MESSAGE]
         unread = len(rows)
         if self._scanner:
-            u.offsets[: n + 1] = block.offsets
             unread = self._scan(frozen(block.data), rows, self._names, u.records, self._totals)
         else:
             u.what[rows] = _UNREAD

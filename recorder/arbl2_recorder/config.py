@@ -85,6 +85,7 @@ class RecordConfig:
     segment_bytes: int = 128 * MIB  # ... or when their log has grown to this
     queue_bytes: int = 96 * MIB  # frames waiting for the disk; beyond it messages are dropped, and the drop is declared
     max_message_bytes: int = 16 * MIB
+    compress: bool = False  # offer permessage-deflate: a third of the bytes on the line, twice the work for each message
 
     open_timeout_s: float = 10.0
     close_timeout_s: float = 2.0

@@ -10,10 +10,8 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from arbl2.errors import EngineError
-from arbl2.frames import HEAD_DTYPE, Anchor, FrameBlock
+from arbl2.frames import Anchor, FrameBlock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,13 +102,8 @@ class Consumer:
             item = None if item is None else self._next()
 
     def _hand_on(self, frames: list[tuple[bytes, bytes]]) -> None:
-        heads, payloads = zip(*frames, strict=True)
-        data = b"".join(payloads)
-
-        def hand_on() -> None:
-            self._on_frames(FrameBlock.from_heads(np.frombuffer(b"".join(heads), HEAD_DTYPE), data, self._anchor))
-
-        self._call(hand_on)
+        heads, data = (b"".join(parts) for parts in zip(*frames, strict=True))
+        self._call(lambda: self._on_frames(FrameBlock.from_heads(heads, data, self._anchor)))
         self._done_bytes += len(data)
 
     def _next(self) -> tuple[bytes, bytes] | Callable[[], None] | str | None:
@@ -122,10 +115,7 @@ class Consumer:
         return self._waiting.get()
 
     def _at_hand(self) -> tuple[bytes, bytes] | Callable[[], None] | str | None:
-        try:
-            return self._waiting.get_nowait()
-        except queue.Empty:
-            return _NOTHING
+        return _NOTHING if self._waiting.empty() else self._waiting.get_nowait()
 
     def _call(self, hook: Callable[[], None]) -> None:
         if self._off:

@@ -282,6 +282,7 @@ class Leg:
                 ping_interval=config.ping_interval_s,
                 ping_timeout=config.ping_timeout_s,
                 max_size=config.max_message_bytes,
+                compression="deflate" if config.compress else None,
                 logger=_wire_logger,
                 create_connection=cast("Any", create),
             )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
-from arbl2.frames import FrameBlock
+from arbl2.frames import COLUMNS, FrameBlock
 from arbl2.tape import SegmentWriter, save_manifest
 
 if TYPE_CHECKING:
@@ -82,11 +81,7 @@ def _permuted(block: FrameBlock, slot: NDArray[np.int64], chance: np.random.Gene
 
 
 def _ordered(block: FrameBlock, order: NDArray[np.intp]) -> FrameBlock:
-    columns = {
-        field.name: getattr(block, field.name) if field.name in _PLACES else getattr(block, field.name)[order]
-        for field in fields(FrameBlock)
-        if field.name not in ("offsets", "data")
-    }
+    columns = {name: getattr(block, name) if name in _PLACES else getattr(block, name)[order] for name in COLUMNS}
     offsets = np.zeros(len(block) + 1, np.int32)
     np.cumsum(np.diff(block.offsets)[order], out=offsets[1:])
     data = np.frombuffer(b"".join(block.payload(i) for i in order.tolist()), np.uint8)
@@ -98,14 +93,10 @@ def packed(block: FrameBlock) -> FrameBlock:
     first, last = int(block.offsets[0]), int(block.offsets[-1])
     if not first and last == len(block.data):
         return block
-    columns = {field.name: getattr(block, field.name) for field in fields(FrameBlock) if field.name not in ("offsets", "data")}
+    columns = {name: getattr(block, name) for name in COLUMNS}
     return FrameBlock(**columns, offsets=block.offsets - np.int32(first), data=block.data[first:last])
 
 
 def _joined(a: FrameBlock, b: FrameBlock) -> FrameBlock:
-    columns = {
-        field.name: np.concatenate([getattr(a, field.name), getattr(b, field.name)])
-        for field in fields(FrameBlock)
-        if field.name != "offsets"
-    }
+    columns = {name: np.concatenate([getattr(a, name), getattr(b, name)]) for name in (*COLUMNS, "data")}
     return FrameBlock(**columns, offsets=np.concatenate([a.offsets, b.offsets[1:] + a.offsets[-1]]))

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 _WORKERS = 2
 _AHEAD = 6
-_COLUMNS = ("what", "reason", "book", "exchange_ms", "first_id", "update_id", "check", "start", "n_bid", "n_ask")
+_COLUMNS = (
+    *("seq", "time_ns", "venue", "conn", "what", "reason", "book", "exchange_ms", "first_id", "update_id", "check"),
+    *("start", "n_bid", "n_ask"),
+)
 
 
 def decode_ahead(batches: Iterator[Batch], universe: Universe) -> Generator[Batch]:

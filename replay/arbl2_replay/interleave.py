@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arbl2.frames import FrameBlock
+from arbl2.frames import COLUMNS, FrameBlock
 from arbl2.jit import frozen, kernel
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _MAX_BYTES = 64 * 2**20
 """Payload bytes put together at once, unless one frame alone has more."""
-_COLUMNS = ("seq", "time_ns", "recv_ns", "mono_ns", "venue", "conn", "kind", "op", "queue_us", "flags")
 
 
 @kernel
@@ -44,7 +43,7 @@ def gather(blocks: Sequence[FrameBlock], source: NDArray[np.int64], rows: NDArra
     """A block of the frames ``rows[i]`` of ``blocks[source[i]]``."""
     picked = [np.flatnonzero(source == k) for k in range(len(blocks))]
     columns: dict[str, Any] = {}
-    for name in _COLUMNS:
+    for name in COLUMNS:
         values = np.empty(len(rows), getattr(blocks[0], name).dtype)
         for block, at in zip(blocks, picked, strict=True):
             values[at] = getattr(block, name)[rows[at]]

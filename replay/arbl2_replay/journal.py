@@ -55,7 +55,7 @@ class FedDigest:
         if not len(block):
             return
         self._heads.update(block.heads().tobytes())
-        self._payloads.update(block.data[block.offsets[0] : block.offsets[-1]].tobytes())
+        self._payloads.update(block.payloads())
         self._frames += len(block)
         self._seq = int(block.seq[-1])
 

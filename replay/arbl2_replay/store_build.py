@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from arbl2.book import Universe
-from arbl2.decoding import Decoder, fitting
+from arbl2.decoding import Decoder, fitting, lay_out
 from arbl2.errors import StorageError
 from arbl2.frames import VENUES, ExchangeId, FrameKind
 from arbl2.providers import PROVIDERS
@@ -123,6 +123,7 @@ class _Reader:
             }
         u = self._others
         u.cursor[0] = HOME_LEVELS
+        lay_out(row, u)
         self._parts[part][ExchangeId(VENUES[row.venue[0]])].decode(row, u)
         return (int(u.what[0]), int(u.reason[0])) == (what, reason)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from arbl2.decoding import take_stamps
 from arbl2.errors import TapeError
 from arbl2.frames import FrameBlock
 from arbl2.jit import frozen
@@ -114,7 +115,9 @@ class SliceUpdates:
         while self._row < first:  # a window follows from the ones before it
             self._expand(min(first, self._row + MAX_BLOCK), u)
             u.cursor[0] = HOME_LEVELS
-        return self._expand(first + len(block), u)
+        n = self._expand(first + len(block), u)
+        take_stamps(block, u, n)
+        return n
 
     def _expand(self, stop: int, u: UpdateBlock) -> int:
         codes, sizes = self._changes.codes, self._changes.sizes

@@ -12,13 +12,15 @@ import msgspec
 import pytest
 
 from arbl2.config import AggregatorConfig, PaperConfig, PolicyConfig, RunConfig, load
+from arbl2.decoding import lay_out
 from arbl2.engine import Engine
 from arbl2.errors import EngineError
 from arbl2.events import Direction, FillStatus, Intent, Outcome
-from arbl2.frames import Frame, FrameBlock, FrameKind, Op
+from arbl2.frames import COLUMNS, Frame, FrameBlock, FrameKind, Op
 from arbl2.policy import Ask
 from arbl2.rules import RuleOverride
 from arbl2.tape import TapeReader
+from arbl2.updates import MAX_BLOCK, UPDATES, UpdateBlock
 from arbl2_replay.synth import SYMBOLS, Fault, FaultKind, SynthConfig, synth_frames, synth_manifest
 from arbl2_replay.wire import Book, binance_combined, binance_depth, upbit_orderbook
 from golden.goldens import GOLDEN, NAMES
@@ -49,6 +51,32 @@ def assert_same(engine, events, twin):
     assert engine.refusals() == twin.refusals
     names = engine.universe.instruments
     assert [row["updates"] for row in engine.books()] == [twin.books[str(i.venue)][i.name].updates for i in names]
+
+
+def test_frames_are_laid_out_alike_packed_or_in_columns():
+    others = [Frame(10**6 + kind, kind, 5, "binance", 7, kind, Op.NONE, b"{}", 3, 1) for kind in FrameKind]
+    packed = FrameBlock.from_frames([*soup(3, 400).frames, *others], ANCHOR)
+    columns = FrameBlock(**{name: getattr(packed, name) for name in (*COLUMNS, "offsets", "data")})
+    found = []
+    for block in (packed, columns):
+        u = UpdateBlock()
+        for name in ("what", "reason", "book"):
+            getattr(u, name)[:] = 77
+        lay_out(block, u)
+        found.append([getattr(u, name)[: len(block) + 1].tolist() for name in UPDATES.names if name not in ("px_e8", "qty_e8")])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("frames", [MAX_BLOCK, MAX_BLOCK + 1])
+def test_no_more_frames_are_laid_out_than_there_is_room_for(frames):
+    block = FrameBlock.from_frames([Frame(1, 2, 3, "upbit", 1, FrameKind.MESSAGE, Op.TEXT, b"")] * frames, ANCHOR)
+    u = UpdateBlock()
+    if frames > MAX_BLOCK:
+        with pytest.raises(ValueError, match="4,097 frames"):
+            lay_out(block, u)
+    else:
+        lay_out(block, u)
+        assert u.seq.tolist() == [1] * frames
 
 
 # ------------------------------------------------------------------------------------------------------------- the twin

@@ -29,6 +29,7 @@ from properties.wild import (
     rows_of,
     told_beside,
     upbit_bytes,
+    upbit_told,
     wild_book,
     wild_change,
 )
@@ -92,6 +93,50 @@ def test_trades_and_tickers_are_scanned():
     scanned = rows_of(block_of(payloads, BINANCE), ScannedBinance(BINANCE_BOOKS))
     assert scanned == decode(payloads, BINANCE, scanner=False)
     assert {row.reason for row in scanned} == {"trade", "book_ticker"}
+
+
+def test_trades_and_tickers_of_upbit_are_scanned():
+    rng = Random(6)
+    payloads = [upbit_told(rng, "KRW-BTC") for _ in range(200)]
+    scanned = rows_of(block_of(payloads, UPBIT), ScannedUpbit(UPBIT_BOOKS))
+    assert scanned == decode(payloads, UPBIT, scanner=False)
+    assert {row.reason for row in scanned} == {"trade", "ticker"}
+
+
+_TOLD = {
+    b"": "trade",
+    b',"x":1,"y":"z","n":null,"t":true,"f":false,"d":-12.5E-7': "trade",
+    b',"type":"orderbook"': "unknown_instrument",
+    b',"type":"ticker"': "ticker",
+    b',"error":{"name":"x"}': "venue_error",
+    b',"error":1': "venue_error",
+    b',"method":"LIST"': "ack",
+    b',"mthd":1': "ack",
+    b',"status":"UP"': "trade",
+    b',"typed":1': "trade",
+    rb',"t\u0079pe":"ticker"': "ticker",
+    rb',"x":"\u0041"': "trade",
+    rb',"x":"\ud55c"': "trade",
+    b',"x":{"y":[1]}': "trade",
+    b',"x":01': "not_json",
+    b',"x":-': "not_json",
+    b',"x":1.': "not_json",
+    b',"x":tru': "not_json",
+    b',"x"': "not_json",
+    b',"x":': "not_json",
+    b",": "not_json",
+    b',"x": 1': "trade",
+    b',"x":"\x01"': "not_json",
+    b',"x":"\xff"': "not_json",
+}
+
+
+@pytest.mark.parametrize("rest", _TOLD)
+def test_what_upbit_tells_is_a_trade_only_if_nothing_says_otherwise(rest):
+    payload = b'{"type":"trade","code":"KRW-NOPE"' + rest + b"}"
+    assert _both(payload, UPBIT).reason == _TOLD[rest]
+    assert _both(payload[:-1], UPBIT).reason == "not_json"
+    assert _both(payload + b"}", UPBIT).reason == "not_json"
 
 
 @pytest.mark.parametrize("most", [1, 20, 3_000])

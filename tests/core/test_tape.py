@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from arbl2.errors import TapeError
-from arbl2.frames import Anchor, Frame, FrameBlock, FrameKind, Op
+from arbl2.frames import COLUMNS, VENUES, Anchor, Frame, FrameBlock, FrameKind, Op
 from arbl2.tape import (
     MANIFEST,
     MAX_GROUP_ROWS,
@@ -443,3 +443,14 @@ def test_a_block_of_frames_has_their_columns():
         assert [column.dtype.name for column in columns] == ["int64", "int64", "int32", "int32", "uint8", "int32"]
         again = FrameBlock.from_heads(block.heads(), block.data.tobytes(), anchor)
         assert [again.frame(i) for i in range(len(again))] == some
+        columns = {name: getattr(block, name) for name in (*COLUMNS, "offsets", "data")}
+        for same in (again, FrameBlock(**columns), replace(again, seq=again.seq)):
+            assert same.heads().tobytes() == block.heads().tobytes()
+            assert same.kinds() == bytes(int(frame.kind) for frame in some)
+            assert same.venues() == bytes(VENUES.index(frame.venue) for frame in some)
+            assert same.payloads() == b"".join(frame.payload for frame in some)
+
+
+def test_a_block_has_no_other_columns():
+    with pytest.raises(AttributeError, match="size"):
+        _ = FrameBlock.from_frames([], ANCHOR).size

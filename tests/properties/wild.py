@@ -6,18 +6,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from arbl2.decoding import lay_out
 from arbl2.frames import BINANCE, UPBIT, FrameBlock, FrameKind
 from arbl2.providers import BinanceL2Provider, UpbitL2Provider
 from arbl2.updates import MAX_BLOCK, Reason, UpdateBlock, What
 from arbl2_replay.wire import (
     Book,
     DepthChange,
+    UpbitTrade,
     binance_book_ticker,
     binance_combined,
     binance_depth,
     binance_diff,
     binance_trade,
     upbit_orderbook,
+    upbit_trade,
 )
 
 if TYPE_CHECKING:
@@ -78,6 +81,7 @@ def rows_of(block: FrameBlock, decoder: Provider) -> list[Row]:
         part = block.slice(start, min(start + MAX_BLOCK, len(block)))
         u = UpdateBlock()
         with np.errstate(over="ignore"):  # too many digits wrap before they are refused, which NumPy reports without the JIT
+            lay_out(part, u)
             decoder.decode(part, u)
         rows += [_row(u, i) for i in range(len(part))]
     return rows
@@ -170,8 +174,24 @@ def told_beside(rng: Random, symbol: str) -> bytes:
     return binance_combined(f"{symbol.lower()}@bookTicker", binance_book_ticker(symbol, wild_book(rng, 1), rng.randrange(10**10)))
 
 
+def upbit_told(rng: Random, code: str) -> bytes:
+    """What Upbit says beside its books: a trade or a ticker, in either spelling."""
+    simple = rng.random() < 0.5
+    trade = UpbitTrade(
+        time_ms=1_767_312_000_123, px_e8=_size(rng), size_e8=_size(rng), taker_sells=rng.random() < 0.5, closing_px_e8=_size(rng),
+        sequential_id=rng.randrange(10**17), book=wild_book(rng, 1),
+    )  # fmt: skip
+    payload = upbit_trade(code, trade, simple=simple, snapshot=rng.random() < 0.1)
+    if rng.random() < 0.5:
+        return payload
+    extra = rng.choice((b',"delisting_date":null', b',"is_trading_suspended":false', b',"change_rate":-0.0123', b',"x":1.5E-7'))
+    return payload.replace(b'"trade"', b'"ticker"', 1)[:-1] + extra + b"}"
+
+
 def any_bytes(rng: Random, venue: int) -> bytes:
     """A message as the venue would send it."""
+    if venue == UPBIT and rng.random() < 0.2:
+        return upbit_told(rng, rng.choice((*UPBIT_BOOKS, "KRW-NOPE")))
     if venue == UPBIT:
         units = rng.choice((1, 5, 15, 30))
         return upbit_bytes(rng, wild_book(rng, units), units, code=rng.choice((*UPBIT_BOOKS, "KRW-NOPE")))

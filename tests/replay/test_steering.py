@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -345,13 +346,7 @@ def block_of(*frames):
     """Frames of (session, seq, time in ms)."""
     block = FrameBlock.from_frames(Market().rate(0).frames * len(frames), Anchor(0, 0))
     seq = np.array([(session << SESSION_BITS) + number for session, number, _ in frames], np.int64)
-    return FrameBlock(
-        **{
-            **{name: getattr(block, name) for name in block.__slots__},
-            "seq": seq,
-            "time_ns": np.array([at_ns(ms) for *_, ms in frames], np.int64),
-        }
-    )
+    return dataclasses.replace(block, seq=seq, time_ns=np.array([at_ns(ms) for *_, ms in frames], np.int64))
 
 
 def test_a_seq_means_a_frame_of_its_session():

@@ -327,10 +327,12 @@ def test_joined_blocks_hold_the_same_frames(tape):
     reader = TapeReader(tape)
     frames = list(itertools.islice(reader.frames(), 90))
     whole = FrameBlock.from_frames(frames, reader.anchor)
-    joined = FrameBlock.joined([whole.slice(0, 1), whole.slice(1, 40), whole.slice(40, 40), whole.slice(40, 90)])
-    assert list(joined.frames()) == frames
-    assert joined.time_ns.tolist() == whole.time_ns.tolist()
-    assert joined.offsets.tolist() == whole.offsets.tolist()
+    singles = [FrameBlock.from_frames([frame], reader.anchor) for frame in frames]
+    for parts in ([whole.slice(0, 1), whole.slice(1, 40), whole.slice(40, 40), whole.slice(40, 90)], singles):
+        joined = FrameBlock.joined(parts)
+        assert list(joined.frames()) == frames
+        assert joined.time_ns.tolist() == whole.time_ns.tolist()
+        assert joined.offsets.tolist() == whole.offsets.tolist()
 
 
 def test_a_histogram_is_within_two_percent():
