@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
     Value = Any
 
-_REASONS = np.zeros(256, np.uint8)
+_REASONS = np.full(256, Reason.OTHER_MESSAGE, np.uint8)
 """What a frame is by its kind, until the venue's provider has read it."""
 for _kind, _reason in {
-    FrameKind.MESSAGE: Reason.OTHER_MESSAGE,
     FrameKind.SENT: Reason.SENT,
     FrameKind.OPENED: Reason.OPENED,
     FrameKind.CLOSED: Reason.CLOSED,
@@ -50,7 +49,7 @@ def lay_out(block: FrameBlock, u: UpdateBlock) -> None:
         raise ValueError(f"{len(block):,} frames are more than there is room for at once ({MAX_BLOCK:,}).")
     if block.packed is not None:
         # NumPy takes its way for each column, which costs a lone frame more than the loop does
-        _lay_out(frozen(block.packed.heads), block.packed.shift_ns, u.records)
+        _take_heads(frozen(block.packed.heads), block.packed.shift_ns, u.records)
         return
     n = len(block)
     take_stamps(block, u, n)
@@ -67,7 +66,7 @@ def take_stamps(block: FrameBlock, u: UpdateBlock, n: int) -> None:
 
 
 @kernel
-def _lay_out(heads: NDArray[Any], shift_ns: int, updates: Value) -> None:
+def _take_heads(heads: NDArray[Any], shift_ns: int, updates: Value) -> None:
     u = updates[0]
     at = np.int64(0)
     u.offsets[0] = at

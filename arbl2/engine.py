@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 Decode = Callable[[FrameBlock, UpdateBlock], int]
-"""Fills the rows of updates of the first frames of a block (``Engine.decode``); returns how many."""
+"""Fills the rows of updates of the first frames of a block, their stamps too (``Engine.decode``); returns how many."""
 
 _LOG = logging.getLogger("arbl2.engine")
 _RESPONSE = int(FrameKind.RESPONSE)

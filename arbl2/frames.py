@@ -137,7 +137,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Frames as rows of ``HEAD_DTYPE``, read-only, and what their ``mono_ns`` is short of engine time."""
+    """Frames as rows of ``HEAD_DTYPE``, and what their ``mono_ns`` is short of engine time."""
 
     heads: NDArray[Any]
     shift_ns: int
@@ -257,7 +257,7 @@ class FrameBlock:
 
     @classmethod
     def from_heads(cls, heads: NDArray[Any] | bytes, data: bytes | memoryview, anchor: Anchor) -> FrameBlock:
-        """From packed heads (``HEAD_DTYPE``) and the payloads end to end, as long as the heads say."""
+        """From packed heads (``HEAD_DTYPE``) and the payloads end to end, each as long as its head says, nothing behind."""
         rows = np.frombuffer(heads, HEAD_DTYPE)
         return cls._of(Packed(rows, anchor.wall_ns - anchor.mono_ns), np.frombuffer(data, np.uint8))
 

@@ -1,8 +1,8 @@
 """The JSON scanner: compiled, and strict to the letter.
 
 It accepts exactly the bytes that the two venues are documented to send for a book or a change of one - key order, no white
-space, plain numbers - and marks every other frame UNREAD for the strict library decoder of the provider. It never guesses, so
-what both accept they read alike; a property test holds them together.
+space, plain numbers - and what is plainly a trade or a ticker, and marks every other frame UNREAD for the strict library decoder
+of the provider. It never guesses, so what both accept they read alike; a property test holds them together.
 
 Numbers become int64 of 10^-8. Prices must be exact at that scale. Sizes are rounded down, because a displayed size may never be
 overstated.
@@ -73,8 +73,8 @@ _U_REALTIME = _text('REALTIME"')
 # Upbit messages that are no books: their first member, in both spellings
 _U_TRADE = (_text('{"type":"trade"'), _text('{"ty":"trade"'))
 _U_TICKER = (_text('{"type":"ticker"'), _text('{"ty":"ticker"'))
-_U_KEYS = (_text('type"'), _text('ty"'), _text('error"'), _text('method"'), _text('mthd"'))
-"""Members that say what a message is; a second one of them may say something else."""
+_U_KEYS = (_text('type"'), _text('ty"'), _text('error"'), _text('status"'), _text('method"'), _text('mthd"'))
+"""Members that say what a message is; one of them after the first may say something else."""
 # Binance combined partial depth
 _B_HEAD = _text('{"stream":"')
 _B_DEPTH = _text("@depth")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from arbl2.frames import COLUMNS, Frame, FrameBlock, FrameKind, Op
 from arbl2.policy import Ask
 from arbl2.rules import RuleOverride
 from arbl2.tape import TapeReader
-from arbl2.updates import MAX_BLOCK, UPDATES, UpdateBlock
+from arbl2.updates import MAX_BLOCK, UPDATES, Reason, UpdateBlock
 from arbl2_replay.synth import SYMBOLS, Fault, FaultKind, SynthConfig, synth_frames, synth_manifest
 from arbl2_replay.wire import Book, binance_combined, binance_depth, upbit_orderbook
 from golden.goldens import GOLDEN, NAMES
@@ -63,6 +64,10 @@ def test_frames_are_laid_out_alike_packed_or_in_columns():
         for name in ("what", "reason", "book"):
             getattr(u, name)[:] = 77
         lay_out(block, u)
+        reasons = [Reason(reason).label for reason in u.reason[len(block) - len(FrameKind) : len(block)].tolist()]
+        assert reasons == ["other_message", "sent", "opened", "closed", "request", "rest", "clock", "alarm"]
+        assert u.time_ns[: len(block)].tolist() == [ANCHOR.time_ns(frame.mono_ns) for frame in block.frames()]
+        assert u.offsets[1 : len(block) + 1].tolist() == list(itertools.accumulate(len(f.payload) for f in block.frames()))
         found.append([getattr(u, name)[: len(block) + 1].tolist() for name in UPDATES.names if name not in ("px_e8", "qty_e8")])
     assert found[0] == found[1]
 

@@ -104,37 +104,50 @@ def test_trades_and_tickers_of_upbit_are_scanned():
 
 
 _TOLD = {
-    b"": "trade",
-    b',"x":1,"y":"z","n":null,"t":true,"f":false,"d":-12.5E-7': "trade",
-    b',"type":"orderbook"': "unknown_instrument",
-    b',"type":"ticker"': "ticker",
+    b"": "itself",
+    b',"x":1,"y":"z","n":null,"t":true,"f":false,"d":-12.5E-7': "itself",
     b',"error":{"name":"x"}': "venue_error",
     b',"error":1': "venue_error",
     b',"method":"LIST"': "ack",
     b',"mthd":1': "ack",
-    b',"status":"UP"': "trade",
-    b',"typed":1': "trade",
-    rb',"t\u0079pe":"ticker"': "ticker",
-    rb',"x":"\u0041"': "trade",
-    rb',"x":"\ud55c"': "trade",
-    b',"x":{"y":[1]}': "trade",
+    b',"typed":1': "itself",
+    rb',"x":"\u0041"': "itself",
+    rb',"x":"\ud55c"': "itself",
+    b',"x":{"y":[1]}': "itself",
+    b',"x": 1': "itself",
+    b',"x":1e99': "itself",
     b',"x":01': "not_json",
     b',"x":-': "not_json",
     b',"x":1.': "not_json",
+    b',"x":1e': "not_json",
     b',"x":tru': "not_json",
     b',"x"': "not_json",
     b',"x":': "not_json",
+    b'"x":1': "not_json",
     b",": "not_json",
-    b',"x": 1': "trade",
     b',"x":"\x01"': "not_json",
     b',"x":"\xff"': "not_json",
 }
+_SAYS_WHAT = {
+    b',"type":"orderbook"': ("unknown_instrument", "unknown_instrument"),
+    b',"ty":"orderbook"': ("itself", "unknown_instrument"),
+    b',"type":"myOrder"': ("other_message", "other_message"),
+    b',"ty":"myOrder"': ("itself", "other_message"),
+    rb',"t\u0079pe":"myOrder"': ("other_message", "other_message"),
+    rb',"t\u0079":"myOrder"': ("itself", "other_message"),
+    b',"status":"UP"': ("itself", "up"),
+}
+"""Members that may say anew what a message is: what it is then if it began with ``type``, and with ``ty``."""
 
 
-@pytest.mark.parametrize("rest", _TOLD)
-def test_what_upbit_tells_is_a_trade_only_if_nothing_says_otherwise(rest):
-    payload = b'{"type":"trade","code":"KRW-NOPE"' + rest + b"}"
-    assert _both(payload, UPBIT).reason == _TOLD[rest]
+@pytest.mark.parametrize("kind", ["trade", "ticker"])
+@pytest.mark.parametrize("spelling", [0, 1])
+@pytest.mark.parametrize("rest", [*_TOLD, *_SAYS_WHAT])
+def test_what_upbit_tells_is_what_its_members_say_and_not_only_the_first(rest, spelling, kind):
+    key, code = (b"type", b"code") if spelling == 0 else (b"ty", b"cd")
+    payload = b'{"%b":"%b","%b":"KRW-NOPE"' % (key, kind.encode(), code) + rest + b"}"
+    expected = _TOLD[rest] if rest in _TOLD else _SAYS_WHAT[rest][spelling]
+    assert _both(payload, UPBIT).reason == (kind if expected == "itself" else expected)
     assert _both(payload[:-1], UPBIT).reason == "not_json"
     assert _both(payload + b"}", UPBIT).reason == "not_json"
 

@@ -23,10 +23,11 @@ BOOK = b'{"type":"orderbook","code":"%s","timestamp":1,"orderbook_units":[],"n":
 class ScriptedVenue:
     """``script(ws, venue, n)`` plays connection number ``n`` (from 0) after its first message was received."""
 
-    def __init__(self, script, *, rest=b"[]", rest_status=200, refuse=0):
+    def __init__(self, script, *, rest=b"[]", rest_status=200, compression="deflate", refuse=0):
         self.script = script
         self.rest = rest
         self.rest_status = rest_status
+        self.compression = compression
         self.refuse = refuse
         self.received: list[bytes] = []
         self.paths: list[str] = []
@@ -52,6 +53,7 @@ class ScriptedVenue:
             "127.0.0.1",
             0,
             process_request=self._request,
+            compression=self.compression,
             max_size=2**25,
             close_timeout=0.2,
         ) as server:

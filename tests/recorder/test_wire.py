@@ -39,8 +39,8 @@ def payloads(rng):
     return mixed
 
 
-@pytest.mark.parametrize("compress", [True, False])
-def test_recorded_bytes_are_the_bytes_sent(compress, venue, make_config, frames, stop_when):
+@pytest.mark.parametrize(("compress", "compression"), [(True, "deflate"), (True, None), (False, "deflate")])
+def test_recorded_bytes_are_the_bytes_sent(compress, compression, venue, make_config, frames, stop_when):
     messages = payloads(random.Random(7))
 
     async def script(ws, _server, _n):
@@ -54,7 +54,7 @@ def test_recorded_bytes_are_the_bytes_sent(compress, venue, make_config, frames,
         return ("text", message.encode()) if isinstance(message, str) else ("binary", message)
 
     want = [flat(message) for message in messages]
-    server = venue(script)
+    server = venue(script, compression=compression)
     seen = [0]
     result = record(
         make_config(upbit=server, compress=compress),
