@@ -60,7 +60,7 @@ def lay_out(block: FrameBlock, u: UpdateBlock) -> None:
 
 
 def take_stamps(block: FrameBlock, u: UpdateBlock, n: int) -> None:
-    """Fill ``seq``, ``time_ns``, ``venue`` and ``conn`` of the first ``n`` rows."""
+    """Fill ``seq``, ``time_ns``, ``venue`` and ``conn`` of the first ``n`` rows. What stands in for a ``Decoder`` calls it."""
     for name in ("seq", "time_ns", "venue", "conn"):
         getattr(u, name)[:n] = getattr(block, name)[:n]
 

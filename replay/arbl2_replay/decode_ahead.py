@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from arbl2.decoding import Decoder, parts
+from arbl2.decoding import Decoder, parts, take_stamps
 from arbl2.updates import HOME_LEVELS, UpdateBlock
 
 if TYPE_CHECKING:
@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 
 _WORKERS = 2
 _AHEAD = 6
-_COLUMNS = (
-    *("seq", "time_ns", "venue", "conn", "what", "reason", "book", "exchange_ms", "first_id", "update_id", "check"),
-    *("start", "n_bid", "n_ask"),
-)
+_COLUMNS = ("what", "reason", "book", "exchange_ms", "first_id", "update_id", "check", "start", "n_bid", "n_ask")
 
 
 def decode_ahead(batches: Iterator[Batch], universe: Universe) -> Generator[Batch]:
@@ -87,6 +84,7 @@ class _Room:
         assert self._done is not None
         self._done.result()
         n, at = len(block), self._at
+        take_stamps(block, u, n)
         for name in _COLUMNS:
             getattr(u, name)[:n] = getattr(self._updates, name)[at : at + n]
         # Levels stand in the order in which the venues were decoded, so whoever takes a part of the rows takes all of them.

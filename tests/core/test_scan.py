@@ -87,20 +87,20 @@ def test_a_thousand_instruments_are_told_apart(venue):
     assert {row.reason for row in found[1::2]} == {"unknown_instrument"}
 
 
-def test_trades_and_tickers_are_scanned():
+@pytest.mark.parametrize(
+    ("venue", "kind", "tell", "reasons"),
+    [
+        (UPBIT, ScannedUpbit, lambda rng: upbit_told(rng, "KRW-BTC"), {"trade", "ticker"}),
+        (BINANCE, ScannedBinance, lambda rng: told_beside(rng, "BTCUSDT"), {"trade", "book_ticker"}),
+    ],
+    ids=["upbit", "binance"],
+)
+def test_trades_and_tickers_are_scanned(venue, kind, tell, reasons):
     rng = Random(5)
-    payloads = [told_beside(rng, "BTCUSDT") for _ in range(200)]
-    scanned = rows_of(block_of(payloads, BINANCE), ScannedBinance(BINANCE_BOOKS))
-    assert scanned == decode(payloads, BINANCE, scanner=False)
-    assert {row.reason for row in scanned} == {"trade", "book_ticker"}
-
-
-def test_trades_and_tickers_of_upbit_are_scanned():
-    rng = Random(6)
-    payloads = [upbit_told(rng, "KRW-BTC") for _ in range(200)]
-    scanned = rows_of(block_of(payloads, UPBIT), ScannedUpbit(UPBIT_BOOKS))
-    assert scanned == decode(payloads, UPBIT, scanner=False)
-    assert {row.reason for row in scanned} == {"trade", "ticker"}
+    payloads = [tell(rng) for _ in range(200)]
+    scanned = rows_of(block_of(payloads, venue), kind(UPBIT_BOOKS if venue == UPBIT else BINANCE_BOOKS))
+    assert scanned == decode(payloads, venue, scanner=False)
+    assert {row.reason for row in scanned} == reasons
 
 
 _TOLD = {

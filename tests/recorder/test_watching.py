@@ -527,6 +527,15 @@ def test_json_and_metrics_of_the_command(venue, scripts, tmp_path):
     assert values["process_resident_memory_bytes"] > 0
 
 
+@pytest.mark.parametrize("options", [(), ("--compress",)])
+def test_the_command_offers_to_deflate_only_if_asked_to(options, venue, scripts, tmp_path):
+    upbit = venue(scripts["upbit"])
+    ends = ("--venues", "upbit", "--symbols", "BTC", "--upbit-ws", upbit.ws_url, "--upbit-rest", upbit.rest_url)
+    command, run = arbl2("record", *ends, *options, "-d", 1, cwd=tmp_path)
+    subprocess.run(command, **run, capture_output=True, timeout=60, check=True)
+    assert ("permessage-deflate" in upbit.headers[0].get("Sec-WebSocket-Extensions", "")) == bool(options)
+
+
 def test_the_health_command_ends_with_the_answer(root):
     def ask(*extra):
         command, options = arbl2("health", "--tapes", root, "--min-free-gib", 0, *extra, cwd=root)

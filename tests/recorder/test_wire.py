@@ -57,7 +57,7 @@ def test_recorded_bytes_are_the_bytes_sent(compress, compression, venue, make_co
     server = venue(script, compression=compression)
     seen = [0]
     result = record(
-        make_config(upbit=server, compress=compress),
+        make_config(upbit=server, **({"compress": True} if compress else {})),
         on_status=lambda status: seen.append(status.venues[0].messages),
         stop=stop_when(lambda: seen[-1] == len(want)),
     )
